@@ -1,0 +1,32 @@
+//! The seam between the model and its experts, in two calls so that other work can run between them.
+
+use moerun_kernels::Activations;
+use moerun_routing::Routing;
+use moerun_types::LayerId;
+use ndarray::Array2;
+
+use crate::DispatchError;
+
+/// Rows that want their experts.
+#[derive(Debug, Clone)]
+pub struct ExpertRequest {
+    /// Model layer.
+    pub layer: LayerId,
+    /// Rounded rows, `[tokens, hidden]`.
+    pub activations: Activations,
+    /// Experts and final weights, `[tokens, top_k]`.
+    pub routing: Routing,
+}
+
+/// Runs experts on rows, wherever they are.
+pub trait ExpertBackend: Send + Sync + std::fmt::Debug {
+    /// Hands the work over and returns at once (as far as the transport lets it).
+    fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError>;
+}
+
+/// Work under way.
+pub trait PendingExperts: Send {
+    /// Blocks until all holders have answered or one has failed; returns the combined sum, `[tokens, hidden]`.
+    /// Never waits for ever: every dispatch has a deadline.
+    fn wait(self: Box<Self>) -> Result<Array2<f32>, DispatchError>;
+}

@@ -1,0 +1,185 @@
+//! From an address to an admitted worker with an open stream.
+
+use std::{sync::Arc, time::Duration};
+
+use moerun_proto::{
+    CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION,
+    STREAM_WINDOW_BYTES, WorkerIdentity,
+    v1::{self, expert_service_client::ExpertServiceClient},
+};
+use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming, transport::Endpoint};
+
+use crate::{DispatchError, admission::Admission};
+
+/// A worker that is gone without a word is found within the sum of these.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a worker may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long it may then take to say what it holds, and to open the stream.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests that may wait for the connection to take them.
+const SEND_QUEUE: usize = 64;
+
+/// An admitted worker and its stream.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// What it is and holds.
+    pub(crate) identity: WorkerIdentity,
+    /// Takes requests.
+    pub(crate) requests: mpsc::Sender<v1::ExecuteRequest>,
+    /// Gives answers.
+    pub(crate) replies: Streaming<v1::ExecuteResponse>,
+}
+
+/// Why there is no session.
+#[derive(Debug)]
+pub(crate) enum SessionError {
+    /// It may go better later.
+    NotYet(String),
+    /// It will not.
+    Refused(DispatchError),
+}
+
+/// Parses `host:port` and sets what every connection to a worker has.
+pub(crate) fn endpoint(worker: &str) -> Result<Endpoint, DispatchError> {
+    let address = |reason: String| DispatchError::Address {
+        worker: worker.to_owned(),
+        reason,
+    };
+    let port = worker
+        .rsplit_once(':')
+        .and_then(|(host, port)| (!host.is_empty()).then_some(port));
+    if port
+        .and_then(|port| port.parse::<u16>().ok())
+        .is_none_or(|port| port == 0)
+    {
+        return Err(address("wanted host:port with a port above 0".to_owned()));
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{worker}")).map_err(|error| address(error.to_string()))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true))
+}
+
+/// Connects, admits, opens the stream.
+pub(crate) async fn open(
+    worker: &str,
+    endpoint: &Endpoint,
+    admission: &Arc<Admission>,
+) -> Result<Session, SessionError> {
+    let connecting = timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
+    let channel = match connecting {
+        Ok(Ok(channel)) => channel,
+        Ok(Err(error)) => return Err(SessionError::NotYet(with_sources(&error))),
+        Err(_) => {
+            return Err(SessionError::NotYet(format!(
+                "no connection within {CONNECT_TIMEOUT:?}"
+            )));
+        }
+    };
+    let opening = async {
+        let mut control = ExpertServiceClient::new(channel.clone()).max_decoding_message_size(MAX_HANDSHAKE_BYTES);
+        let asked = v1::HandshakeRequest {
+            protocol_version: PROTOCOL_VERSION,
+        };
+        let response = control
+            .handshake(asked)
+            .await
+            .map_err(|status| refusal(worker, &status))?
+            .into_inner();
+        let identity = admit(worker, response, admission).await?;
+
+        let (requests, receiver) = mpsc::channel(SEND_QUEUE);
+        let mut data = ExpertServiceClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let replies = data
+            .execute(ReceiverStream::new(receiver))
+            .await
+            .map_err(|status| refusal(worker, &status))?;
+        Ok(Session {
+            identity,
+            requests,
+            replies: replies.into_inner(),
+        })
+    };
+    timeout(HANDSHAKE_TIMEOUT, opening).await.unwrap_or_else(|_| {
+        Err(SessionError::NotYet(format!(
+            "no handshake within {HANDSHAKE_TIMEOUT:?}"
+        )))
+    })
+}
+
+/// Admission may hash an expert, which takes a while and reads the disk.
+async fn admit(
+    worker: &str,
+    response: v1::HandshakeResponse,
+    admission: &Arc<Admission>,
+) -> Result<WorkerIdentity, SessionError> {
+    let (admission, worker) = (Arc::clone(admission), worker.to_owned());
+    match spawn_blocking(move || admission.admit(&worker, &response)).await {
+        Ok(admitted) => admitted.map_err(SessionError::Refused),
+        Err(error) => Err(SessionError::NotYet(error.to_string())),
+    }
+}
+
+fn refusal(worker: &str, status: &Status) -> SessionError {
+    let message = format!("{:?}: {}", status.code(), status.message());
+    match status.code() {
+        // Another protocol, another kind of server, or a message that is beyond the limits: waiting will not help.
+        Code::FailedPrecondition | Code::Unimplemented | Code::OutOfRange => {
+            SessionError::Refused(DispatchError::RefusedByWorker {
+                worker: worker.to_owned(),
+                message,
+            })
+        }
+        _ => SessionError::NotYet(message),
+    }
+}
+
+/// tonic's transport errors say little by themselves.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_host_and_port() {
+        for good in ["127.0.0.1:50061", "worker-0.workers:50061", "[::1]:50061"] {
+            endpoint(good).unwrap();
+        }
+        for bad in [
+            "",
+            "127.0.0.1",
+            "127.0.0.1:0",
+            ":50061",
+            "host:70000",
+            "host:x",
+            "a b:1",
+        ] {
+            let error = endpoint(bad).unwrap_err();
+            assert!(
+                error.to_string().starts_with(&format!("worker address {bad:?}: ")),
+                "{error}"
+            );
+        }
+    }
+}

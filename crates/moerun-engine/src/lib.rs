@@ -1,0 +1,26 @@
+//! Which sequences run next, and that step: prefill, decode, paged KV, sampling. Knows no text and no sockets.
+#![forbid(unsafe_code)]
+
+mod request;
+
+mod engine;
+mod handle;
+mod limits;
+mod reply;
+
+mod engine_thread;
+mod pages;
+mod scheduler;
+mod sequence;
+
+mod forward;
+mod moe_layer;
+mod sampler;
+mod step;
+
+pub use engine::{Engine, EngineConfig, EngineStats};
+pub use forward::{Capture, forward_step};
+pub use handle::EngineHandle;
+pub use request::{
+    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, MoeLayerRequest, SamplingParams, TokenEvent,
+};

@@ -1,0 +1,82 @@
+//! Rows through one MoE block, for someone else's transformer: run between steps, in pieces no larger than a step, so
+//! that sequences go on meanwhile.
+
+use std::panic::AssertUnwindSafe;
+
+use moerun_types::LayerId;
+use ndarray::{Array2, Axis, Slice};
+use tokio::sync::oneshot;
+
+use crate::forward::run_moe_block;
+use crate::reply::{QueuePlace, RowsReply};
+use crate::step::{Compute, guarded};
+use crate::{EngineError, MoeLayerRequest};
+
+/// A request for one block, and how far it is.
+#[derive(Debug)]
+pub(crate) struct MoeLayerJob {
+    layer: LayerId,
+    /// `[rows, hidden]`: inputs, replaced by outputs up to `rows_done`.
+    rows: Array2<f32>,
+    rows_done: usize,
+    place: Option<QueuePlace>,
+    reply: RowsReply,
+}
+
+impl MoeLayerJob {
+    /// A job whose request was checked.
+    pub(crate) fn new(
+        request: MoeLayerRequest,
+        place: QueuePlace,
+    ) -> (Self, oneshot::Receiver<Result<Array2<f32>, EngineError>>) {
+        let (reply, receiver) = RowsReply::new();
+        let MoeLayerRequest { layer, hidden_states } = request;
+        (
+            Self {
+                layer,
+                rows: hidden_states,
+                rows_done: 0,
+                place: Some(place),
+                reply,
+            },
+            receiver,
+        )
+    }
+
+    /// Runs the next `max_rows` rows, and answers after the last or on an error. Returns the job if there is more.
+    pub(crate) fn run_piece(mut self, compute: &Compute, max_rows: usize) -> Option<Self> {
+        self.place = None;
+        let piece = self.rows_done..self.rows.nrows().min(self.rows_done + max_rows);
+        let input = self.rows.slice_axis(Axis(0), Slice::from(piece.clone())).to_owned();
+        match guarded(AssertUnwindSafe(|| self.run_rows(compute, input))) {
+            Ok(output) => self
+                .rows
+                .slice_axis_mut(Axis(0), Slice::from(piece.clone()))
+                .assign(&output),
+            Err(error) => {
+                tracing::warn!(layer = %self.layer, %error, "a request for a MoE block failed");
+                self.reply.send(Err(error));
+                return None;
+            }
+        }
+        self.rows_done = piece.end;
+        if self.rows_done < self.rows.nrows() {
+            return Some(self);
+        }
+        self.reply.send(Ok(self.rows));
+        None
+    }
+
+    fn run_rows(&self, compute: &Compute, input: Array2<f32>) -> Result<Array2<f32>, EngineError> {
+        let Compute { model, experts, pool } = compute;
+        let input = model
+            .route_moe_input(pool, self.layer, input)
+            .map_err(|error| EngineError::Model(error.to_string()))?;
+        run_moe_block(pool, model, &**experts, self.layer, input)
+    }
+
+    /// Whether the client went away.
+    pub(crate) fn is_over(&self) -> bool {
+        self.reply.is_over()
+    }
+}

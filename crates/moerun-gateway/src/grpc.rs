@@ -1,0 +1,15 @@
+//! The gRPC doors: services of `proto/moerun/v1` over a [`crate::Gateway`].
+
+mod convert;
+mod inference;
+mod moe_layer;
+mod serve;
+mod status;
+
+pub use inference::InferenceDoor;
+pub use moe_layer::MoeLayerDoor;
+pub use serve::{ServeSettings, serve};
+pub use status::to_status;
+
+/// Response metadata of everything that ran experts: `exact` or `fast`.
+pub const COMBINE_MODE_METADATA: &str = "moerun-combine-mode";

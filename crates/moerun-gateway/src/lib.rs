@@ -1,0 +1,22 @@
+//! Requests in, text ↔ tokens, streaming out; gRPC doors.
+//!
+//! [`Gateway`] is the library that the command line uses in its own process and that [`grpc::serve`] puts on a socket.
+#![forbid(unsafe_code)]
+
+mod error;
+mod gateway;
+mod generation;
+pub mod grpc;
+mod request;
+mod text;
+
+pub use error::GatewayError;
+pub use gateway::{Gateway, GatewayParts, LogitRows, ServedModel};
+pub use generation::Generation;
+pub use request::{Finish, Prompt, SamplingOverrides, TextEvent, TextRequest, TokenLogprob};
+pub use text::{ChatMessage, Checked, Detokenizer, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, TextCodec};
+
+pub use moerun_engine::FinishReason;
+
+#[cfg(test)]
+mod test_checkpoints;

@@ -1,0 +1,263 @@
+//! Activations as a kernel eats them: rounded once to the number format of the weights they will meet.
+
+use moerun_types::NumberFormat;
+use ndarray::{Array2, ArrayView2};
+
+use crate::{
+    Isa,
+    bf16::{from_bf16, to_bf16},
+    isa::Kernel,
+    simd::Simd,
+};
+
+/// Rows of activations, `[rows, cols]`, row-major, rounded to a number format.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Activations {
+    /// Not rounded.
+    F32 {
+        /// Number of rows.
+        rows: usize,
+        /// Length of a row.
+        cols: usize,
+        /// `[rows, cols]`.
+        data: Vec<f32>,
+    },
+    /// Rounded to bfloat16, nearest even.
+    Bf16 {
+        /// Number of rows.
+        rows: usize,
+        /// Length of a row.
+        cols: usize,
+        /// `[rows, cols]`, bfloat16 bits.
+        data: Vec<u16>,
+    },
+}
+
+/// Bytes that cannot be activations.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("activations of {rows} x {cols} in {format} take {wanted} bytes, found {found}")]
+#[allow(missing_docs)]
+pub struct ActivationsError {
+    pub rows: usize,
+    pub cols: usize,
+    pub format: NumberFormat,
+    pub wanted: usize,
+    pub found: usize,
+}
+
+impl Activations {
+    /// Rounds `x`, `[rows, cols]`, to `format`. A NaN stays a NaN.
+    pub fn round(format: NumberFormat, x: ArrayView2<'_, f32>) -> Self {
+        let (rows, cols) = x.dim();
+        match format {
+            NumberFormat::F32 => {
+                let data = x
+                    .as_slice()
+                    .map_or_else(|| x.iter().copied().collect(), <[f32]>::to_vec);
+                Activations::F32 { rows, cols, data }
+            }
+            NumberFormat::Bf16 => {
+                let mut data = vec![0; rows * cols];
+                match x.as_slice() {
+                    Some(x) => Isa::current().dispatch(RoundBf16 { x, out: &mut data }),
+                    None => data.iter_mut().zip(x).for_each(|(out, &value)| *out = to_bf16(value)),
+                }
+                Activations::Bf16 { rows, cols, data }
+            }
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        match self {
+            Activations::F32 { rows, .. } | Activations::Bf16 { rows, .. } => *rows,
+        }
+    }
+
+    /// Length of a row.
+    pub fn cols(&self) -> usize {
+        match self {
+            Activations::F32 { cols, .. } | Activations::Bf16 { cols, .. } => *cols,
+        }
+    }
+
+    /// The format the rows are rounded to.
+    pub fn format(&self) -> NumberFormat {
+        match self {
+            Activations::F32 { .. } => NumberFormat::F32,
+            Activations::Bf16 { .. } => NumberFormat::Bf16,
+        }
+    }
+
+    /// The rows named by `rows`, in that order; panics if one is out of range.
+    pub fn select_rows(&self, rows: &[u32]) -> Self {
+        match self {
+            Activations::F32 { cols, data, .. } => Activations::F32 {
+                rows: rows.len(),
+                cols: *cols,
+                data: select(data, *cols, rows),
+            },
+            Activations::Bf16 { cols, data, .. } => Activations::Bf16 {
+                rows: rows.len(),
+                cols: *cols,
+                data: select(data, *cols, rows),
+            },
+        }
+    }
+
+    /// Appends the rows named by `rows` to `out`, little-endian: what goes on the wire. Panics if one is out of range.
+    pub fn append_rows_le(&self, rows: &[u32], out: &mut Vec<u8>) {
+        out.reserve(rows.len() * self.cols() * self.format().bytes());
+        for &row in rows {
+            match self {
+                Activations::F32 { cols, data, .. } => {
+                    let row = row_of(data, *cols, row);
+                    if cfg!(target_endian = "little") {
+                        out.extend_from_slice(bytemuck::cast_slice(row));
+                    } else {
+                        out.extend(row.iter().flat_map(|value| value.to_le_bytes()));
+                    }
+                }
+                Activations::Bf16 { cols, data, .. } => {
+                    let row = row_of(data, *cols, row);
+                    if cfg!(target_endian = "little") {
+                        out.extend_from_slice(bytemuck::cast_slice(row));
+                    } else {
+                        out.extend(row.iter().flat_map(|bits| bits.to_le_bytes()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads `[rows, cols]` from little-endian bytes of any alignment. A length that does not fit is an error; a size
+    /// beyond the address space is reported as wanting `usize::MAX` bytes.
+    pub fn from_le_bytes(
+        format: NumberFormat,
+        rows: usize,
+        cols: usize,
+        bytes: &[u8],
+    ) -> Result<Self, ActivationsError> {
+        let wanted = rows.saturating_mul(cols).saturating_mul(format.bytes());
+        if wanted != bytes.len() {
+            return Err(ActivationsError {
+                rows,
+                cols,
+                format,
+                wanted,
+                found: bytes.len(),
+            });
+        }
+        Ok(match format {
+            NumberFormat::F32 => {
+                let data = bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&value| f32::from_le_bytes(value))
+                    .collect();
+                Activations::F32 { rows, cols, data }
+            }
+            NumberFormat::Bf16 => {
+                let data = bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&bits| u16::from_le_bytes(bits))
+                    .collect();
+                Activations::Bf16 { rows, cols, data }
+            }
+        })
+    }
+
+    /// The rounded values as f32, `[rows, cols]`.
+    pub fn to_f32(&self) -> Array2<f32> {
+        let values = match self {
+            Activations::F32 { data, .. } => data.clone(),
+            Activations::Bf16 { data, .. } => data.iter().map(|&bits| from_bf16(bits)).collect(),
+        };
+        Array2::from_shape_vec((self.rows(), self.cols()), values).expect("data is rows x cols")
+    }
+}
+
+fn row_of<T>(data: &[T], cols: usize, row: u32) -> &[T] {
+    &data[row as usize * cols..(row as usize + 1) * cols]
+}
+
+fn select<T: Copy>(data: &[T], cols: usize, rows: &[u32]) -> Vec<T> {
+    let mut selected = Vec::with_capacity(rows.len() * cols);
+    for &row in rows {
+        selected.extend_from_slice(row_of(data, cols, row));
+    }
+    selected
+}
+
+struct RoundBf16<'a> {
+    x: &'a [f32],
+    out: &'a mut [u16],
+}
+
+impl Kernel for RoundBf16<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        for (out, &value) in self.out.iter_mut().zip(self.x) {
+            *out = to_bf16(value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::s;
+
+    use super::*;
+
+    fn sample() -> Array2<f32> {
+        Array2::from_shape_fn((5, 7), |(row, col)| (row as f32 - 2.3) * 1.7_f32.powi(col as i32))
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_bfloat16_whatever_the_layout_of_the_input() {
+        let x = sample();
+        let expected = x.mapv(|value| half::bf16::from_f32(value).to_f32());
+        assert_eq!(Activations::round(NumberFormat::Bf16, x.view()).to_f32(), expected);
+        assert_eq!(Activations::round(NumberFormat::Bf16, x.t()).to_f32(), expected.t());
+        assert_eq!(
+            Activations::round(NumberFormat::F32, x.slice(s![..;2, 1..])).to_f32(),
+            x.slice(s![..;2, 1..])
+        );
+    }
+
+    #[test]
+    fn a_nan_stays_a_nan() {
+        let x = Array2::from_elem((1, 1), f32::from_bits(0x7f80_0001));
+        assert!(Activations::round(NumberFormat::Bf16, x.view()).to_f32()[[0, 0]].is_nan());
+    }
+
+    #[test]
+    fn rows_survive_the_wire_at_any_alignment() {
+        for format in [NumberFormat::F32, NumberFormat::Bf16] {
+            let x = Activations::round(format, sample().view());
+            for offset in 0..4 {
+                let mut bytes = vec![0xee; offset];
+                x.append_rows_le(&[4, 0, 4], &mut bytes);
+                let read = Activations::from_le_bytes(format, 3, 7, &bytes[offset..]);
+                assert_eq!(read, Ok(x.select_rows(&[4, 0, 4])));
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_length_is_refused_with_both_numbers() {
+        let error = Activations::from_le_bytes(NumberFormat::Bf16, 2, 3, &[0; 13]).expect_err("13 bytes are not 12");
+        assert_eq!(
+            error.to_string(),
+            "activations of 2 x 3 in bf16 take 12 bytes, found 13"
+        );
+        let huge = Activations::from_le_bytes(NumberFormat::F32, usize::MAX, 2, &[]).expect_err("too large");
+        assert_eq!(huge.wanted, usize::MAX);
+        assert!(Activations::from_le_bytes(NumberFormat::F32, 0, 9, &[]).is_ok());
+    }
+}

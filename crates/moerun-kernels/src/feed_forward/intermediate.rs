@@ -1,0 +1,201 @@
+//! First half of a gated feed-forward: gate and up products, activation, rounding.
+
+use std::ops::Range;
+
+use moerun_types::{Activation, NumberFormat};
+
+use crate::{
+    Activations, CpuPool, FeedForward, Isa,
+    bf16::{from_bf16, to_bf16},
+    disjoint::Disjoint,
+    exponential::{gelu, gelu_tanh, logistic, silu},
+    interleaved::{InterleavedRows, RowBlock},
+    isa::Kernel,
+    lines::LANES,
+    row_products::panels_per_task,
+    simd::Simd,
+    tile::{Products, Sink, panels_together},
+};
+
+/// Rows of one feed-forward, and the intermediate columns that are wanted of them.
+pub(super) struct Wanted<'a> {
+    pub(super) weights: &'a FeedForward,
+    /// Rows of the activations; all if `None`.
+    pub(super) rows: Option<&'a [u32]>,
+    /// A factor per row on the gate and up products.
+    pub(super) input_factors: Option<&'a [f32]>,
+    pub(super) cols: Range<usize>,
+}
+
+/// For each of `wanted`, `[rows, cols.len()]`, rounded to the format of its down projection.
+pub(super) fn intermediates(isa: Isa, pool: &CpuPool, x: &Activations, wanted: &[Wanted<'_>]) -> Vec<InterleavedRows> {
+    let inputs: Vec<InterleavedRows> = wanted
+        .iter()
+        .map(|wanted| InterleavedRows::from_activations(isa, pool, x, wanted.rows))
+        .collect();
+    let mut outputs: Vec<InterleavedRows> = wanted
+        .iter()
+        .zip(&inputs)
+        .map(|(wanted, input)| InterleavedRows::zeroed(isa, input.rows(), wanted.cols.len()))
+        .collect();
+    let all_panels: usize = wanted.iter().map(|wanted| panels_of(&wanted.cols).len()).sum();
+    let mut tasks = Vec::new();
+    let mut work = 0;
+    for (index, (wanted, input)) in wanted.iter().zip(&inputs).enumerate() {
+        let work_per_panel = 2 * input.rows() * input.cols() * LANES;
+        let panels = panels_of(&wanted.cols);
+        let chunk = panels_per_task(all_panels, work_per_panel, pool.threads());
+        work += work_per_panel * panels.len();
+        tasks.extend(
+            panels
+                .clone()
+                .step_by(chunk)
+                .map(|first| (index, first..panels.end.min(first + chunk))),
+        );
+    }
+    let parts: Vec<Disjoint<'_, f32>> = outputs.iter_mut().map(|rows| Disjoint::new(rows.data_mut())).collect();
+    pool.run_sized(tasks.len(), work, &|task| {
+        let (index, panels) = tasks[task].clone();
+        isa.dispatch(GateUp {
+            wanted: &wanted[index],
+            x: &inputs[index],
+            panels,
+            out: &parts[index],
+        });
+    });
+    drop(parts);
+    outputs
+}
+
+/// The panels that hold `cols`.
+fn panels_of(cols: &Range<usize>) -> Range<usize> {
+    if cols.is_empty() {
+        0..0
+    } else {
+        cols.start / LANES..cols.end.div_ceil(LANES)
+    }
+}
+
+/// A run of panels of one feed-forward's gate and up projections, for all its rows.
+struct GateUp<'a> {
+    wanted: &'a Wanted<'a>,
+    x: &'a InterleavedRows,
+    panels: Range<usize>,
+    out: &'a Disjoint<'a, f32>,
+}
+
+/// Most rows in a block, most panels worked on together.
+const MAX_ROWS: usize = 12;
+const MAX_PANELS: usize = 4;
+
+impl Kernel for GateUp<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let weights = self.wanted.weights;
+        let cols = 0..self.x.cols();
+        let together = panels_together(self.x.rows());
+        let mut products = [[0.0; MAX_ROWS * MAX_PANELS * LANES]; 2];
+        for first in self.panels.clone().step_by(together) {
+            let panels = first..self.panels.end.min(first + together);
+            for &block in self.x.blocks() {
+                for (weights, out) in [&weights.gate_proj, &weights.up_proj].into_iter().zip(&mut products) {
+                    let products = Products {
+                        weights,
+                        x: self.x,
+                        first_col: 0,
+                        segments: std::slice::from_ref(&cols),
+                    };
+                    let mut sink = Collect {
+                        out,
+                        first_row: block.first,
+                        panels: panels.clone(),
+                    };
+                    products.run_block(simd, panels.clone(), block, &mut sink);
+                }
+                let [gate, up] = &mut products;
+                self.finish(panels.clone(), block, gate, up);
+            }
+        }
+    }
+}
+
+impl GateUp<'_> {
+    /// Biases, input factor, activation and rounding of `[block rows][panels * 16]`.
+    #[inline(always)]
+    fn finish(&self, panels: Range<usize>, block: RowBlock, gate: &mut [f32], up: &mut [f32]) {
+        let Wanted {
+            weights,
+            input_factors,
+            cols,
+            ..
+        } = self.wanted;
+        let width = panels.len() * LANES;
+        let first_col = panels.start * LANES;
+        let kept = cols.start.max(first_col)..cols.end.min(first_col + width);
+        let start = block.first * cols.len();
+        let out = start + (kept.start - cols.start) * block.rows..start + (kept.end - cols.start) * block.rows;
+        // SAFETY: a panel's columns are written by one task.
+        #[allow(unsafe_code)]
+        let out = unsafe { self.out.part(out) };
+        for t in 0..block.rows {
+            let in_row = t * width + kept.start - first_col..t * width + kept.end - first_col;
+            let (gate, up) = (&mut gate[in_row.clone()], &mut up[in_row]);
+            for (values, bias) in [(&mut *gate, &weights.gate_bias), (&mut *up, &weights.up_bias)] {
+                if let Some(bias) = bias {
+                    values
+                        .iter_mut()
+                        .zip(&bias[kept.clone()])
+                        .for_each(|(value, bias)| *value += bias);
+                }
+                if let Some(factors) = input_factors {
+                    let factor = factors[block.first + t];
+                    values.iter_mut().for_each(|value| *value *= factor);
+                }
+            }
+            activate(weights.activation, gate, up);
+            if weights.down_proj.format() == NumberFormat::Bf16 {
+                gate.iter_mut().for_each(|value| *value = from_bf16(to_bf16(*value)));
+            }
+            out.iter_mut()
+                .skip(t)
+                .step_by(block.rows)
+                .zip(gate)
+                .for_each(|(out, value)| *out = *value);
+        }
+    }
+}
+
+/// `gate = activation(gate) * up`, or what the activation makes of the two. A NaN stays a NaN.
+#[inline(always)]
+fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    let pairs = gate.iter_mut().zip(up);
+    match activation {
+        Activation::Silu => pairs.for_each(|(gate, up)| *gate = silu(*gate) * up),
+        Activation::Gelu => pairs.for_each(|(gate, up)| *gate = gelu(*gate) * up),
+        Activation::GeluTanh => pairs.for_each(|(gate, up)| *gate = gelu_tanh(*gate) * up),
+        Activation::Relu => pairs.for_each(|(gate, up)| *gate = if *gate < 0.0 { 0.0 } else { *gate } * up),
+        Activation::ClampedSwiglu { alpha, limit } => pairs.for_each(|(gate, &up)| {
+            let clamped = if *gate > limit { limit } else { *gate };
+            let up = if up > limit { limit } else { up };
+            let up = if up < -limit { -limit } else { up };
+            *gate = (up + 1.0) * clamped * logistic(alpha * clamped);
+        }),
+    }
+}
+
+/// Collects the products of one block in `[block rows][panels * 16]`.
+struct Collect<'a> {
+    out: &'a mut [f32],
+    first_row: usize,
+    panels: Range<usize>,
+}
+
+impl Sink for Collect<'_> {
+    #[inline(always)]
+    fn put(&mut self, _segment: usize, row: usize, panel: usize, sums: &[f32; LANES]) {
+        let start = ((row - self.first_row) * self.panels.len() + panel - self.panels.start) * LANES;
+        self.out[start..start + LANES].copy_from_slice(sums);
+    }
+}

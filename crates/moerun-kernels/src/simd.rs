@@ -1,0 +1,294 @@
+//! Sixteen lanes of f32 on each instruction set; [`Portable`] is the definition of what each operation gives.
+
+#[cfg(target_arch = "x86_64")]
+use core::arch::x86_64::*;
+
+use crate::lines::{LANES, Line};
+
+/// Sixteen f32 lanes. A value of the implementing type is the proof that its instructions can run.
+pub(crate) trait Simd: Copy {
+    /// Sixteen f32 in registers.
+    type F32s: Copy;
+
+    /// Rows of a product that are computed together, largest first, down to one.
+    const TILE_ROWS: &'static [usize];
+
+    /// Whether the registers hold two panels beside up to twelve rows; else one panel beside up to six.
+    const WIDE: bool;
+
+    /// `value` in each lane.
+    fn splat(self, value: f32) -> Self::F32s;
+    /// Lane `i` is `values[i]`.
+    fn load(self, values: &[f32; LANES]) -> Self::F32s;
+    /// Lane `i` has the bits `line[i]`.
+    fn load_bits(self, line: &Line) -> Self::F32s;
+    /// Lane `i` is the bfloat16 in the lower half of `line[i]`.
+    fn load_low_bf16(self, line: &Line) -> Self::F32s;
+    /// Lane `i` is the bfloat16 in the upper half of `line[i]`.
+    fn load_high_bf16(self, line: &Line) -> Self::F32s;
+    /// The lanes as an array.
+    fn store(self, lanes: Self::F32s) -> [f32; LANES];
+    /// `a + b`.
+    fn add(self, a: Self::F32s, b: Self::F32s) -> Self::F32s;
+    /// `a * b`.
+    fn mul(self, a: Self::F32s, b: Self::F32s) -> Self::F32s;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s;
+}
+
+/// Adds up sixteen lanes: upper half onto lower half, four times.
+#[inline(always)]
+pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// No instruction beyond the target's baseline.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Simd for Portable {
+    type F32s = [f32; LANES];
+    const TILE_ROWS: &'static [usize] = &[4, 2, 1];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [f32; LANES] {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> [f32; LANES] {
+        *values
+    }
+
+    #[inline(always)]
+    fn load_bits(self, line: &Line) -> [f32; LANES] {
+        line.map(f32::from_bits)
+    }
+
+    #[inline(always)]
+    fn load_low_bf16(self, line: &Line) -> [f32; LANES] {
+        line.map(|word| f32::from_bits(word << 16))
+    }
+
+    #[inline(always)]
+    fn load_high_bf16(self, line: &Line) -> [f32; LANES] {
+        line.map(|word| f32::from_bits(word & 0xffff_0000))
+    }
+
+    #[inline(always)]
+    fn store(self, lanes: [f32; LANES]) -> [f32; LANES] {
+        lanes
+    }
+
+    #[inline(always)]
+    fn add(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| a[lane] * b[lane])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
+        std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
+    }
+}
+
+/// AVX2 with FMA: two registers of eight lanes.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2(());
+
+#[cfg(target_arch = "x86_64")]
+impl Avx2 {
+    /// # Safety
+    /// The processor must have AVX2 and FMA.
+    pub(crate) unsafe fn assume_available() -> Self {
+        Avx2(())
+    }
+}
+
+// In each block below: a value of `Avx2` exists only where AVX2 and FMA do, and every pointer comes from a reference
+// to sixteen elements.
+#[cfg(target_arch = "x86_64")]
+impl Simd for Avx2 {
+    type F32s = [__m256; 2];
+    const TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX; sixteen f32 are readable.
+        unsafe {
+            [
+                _mm256_loadu_ps(values.as_ptr()),
+                _mm256_loadu_ps(values.as_ptr().add(8)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_bits(self, line: &Line) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX; sixteen words are readable.
+        unsafe {
+            [
+                _mm256_loadu_ps(line.as_ptr().cast()),
+                _mm256_loadu_ps(line.as_ptr().add(8).cast()),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_low_bf16(self, line: &Line) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let low = _mm256_loadu_si256(line.as_ptr().cast());
+            let high = _mm256_loadu_si256(line.as_ptr().add(8).cast());
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_high_bf16(self, line: &Line) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let low = _mm256_loadu_si256(line.as_ptr().cast());
+            let high = _mm256_loadu_si256(line.as_ptr().add(8).cast());
+            [
+                _mm256_castsi256_ps(_mm256_and_si256(low, mask)),
+                _mm256_castsi256_ps(_mm256_and_si256(high, mask)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, lanes: [__m256; 2]) -> [f32; LANES] {
+        let mut values = [0.0; LANES];
+        // SAFETY: `self` proves AVX; sixteen f32 are writable.
+        unsafe {
+            _mm256_storeu_ps(values.as_mut_ptr(), lanes[0]);
+            _mm256_storeu_ps(values.as_mut_ptr().add(8), lanes[1]);
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+}
+
+/// AVX-512 F, BW, VL and DQ: one register of sixteen lanes.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512(());
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512 {
+    /// # Safety
+    /// The processor must have AVX-512 F, BW, VL and DQ, AVX2 and FMA.
+    pub(crate) unsafe fn assume_available() -> Self {
+        Avx512(())
+    }
+}
+
+// In each block below: a value of `Avx512` exists only where AVX-512 does, and every pointer comes from a reference to
+// sixteen elements.
+#[cfg(target_arch = "x86_64")]
+impl Simd for Avx512 {
+    type F32s = __m512;
+    const TILE_ROWS: &'static [usize] = &[12, 8, 4, 2, 1];
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; sixteen f32 are readable.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_bits(self, line: &Line) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe { _mm512_loadu_ps(line.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn load_low_bf16(self, line: &Line) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(line.as_ptr().cast()), 16)) }
+    }
+
+    #[inline(always)]
+    fn load_high_bf16(self, line: &Line) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe {
+            let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(line.as_ptr().cast()), mask))
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, lanes: __m512) -> [f32; LANES] {
+        let mut values = [0.0; LANES];
+        // SAFETY: `self` proves AVX-512F; sixteen f32 are writable.
+        unsafe { _mm512_storeu_ps(values.as_mut_ptr(), lanes) };
+        values
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+}

@@ -1,0 +1,80 @@
+//! The rows of one forward pass and where each stands in its sequence.
+
+use std::ops::Range;
+
+/// The rows of one forward pass: one or more tokens of one or more sequences, in this order.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// Sequences; their `rows` tile `0..tokens` in order.
+    pub sequences: &'a [StepSequence<'a>],
+}
+
+/// One sequence's share of a forward pass.
+#[derive(Debug, Clone)]
+pub struct StepSequence<'a> {
+    /// Its rows of the batch.
+    pub rows: Range<usize>,
+    /// Absolute position of its first row; the following rows are at the following positions.
+    pub first_position: usize,
+    /// Lowest position that is visible at all (0, unless the sequence was padded on the left).
+    pub start_position: usize,
+    /// Its pages of the cache: position `p` is in `pages[p / KV_PAGE_TOKENS]`, up to its last row.
+    pub pages: &'a [u32],
+    /// Length that decides which longrope factors apply: that of the whole sequence known when its cache was begun
+    /// (see ARCHITECTURE.md), not of this chunk.
+    pub rope_length: usize,
+}
+
+/// One row of a step: its sequence and its absolute position there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepRow<'a> {
+    pub(crate) sequence: &'a StepSequence<'a>,
+    pub(crate) position: usize,
+}
+
+impl<'a> Step<'a> {
+    /// Number of rows of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.sequences.last().map_or(0, |sequence| sequence.rows.end)
+    }
+
+    /// Every row in order.
+    pub(crate) fn rows(&self) -> Vec<StepRow<'a>> {
+        let place = |sequence: &'a StepSequence<'a>| {
+            (0..sequence.rows.len()).map(move |offset| StepRow {
+                sequence,
+                position: sequence.first_position + offset,
+            })
+        };
+        self.sequences.iter().flat_map(place).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_all_sequences_come_in_order_with_their_positions() {
+        let sequences = [
+            StepSequence {
+                rows: 0..2,
+                first_position: 5,
+                start_position: 0,
+                pages: &[],
+                rope_length: 7,
+            },
+            StepSequence {
+                rows: 2..3,
+                first_position: 0,
+                start_position: 0,
+                pages: &[],
+                rope_length: 1,
+            },
+        ];
+        let step = Step { sequences: &sequences };
+        let positions: Vec<usize> = step.rows().iter().map(|row| row.position).collect();
+        assert_eq!(step.tokens(), 3);
+        assert_eq!(positions, [5, 6, 0]);
+    }
+}

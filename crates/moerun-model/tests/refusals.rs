@@ -1,0 +1,77 @@
+//! What a loaded model refuses, and that its sizes agree with what was promised before it was loaded.
+
+use std::path::Path;
+
+use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
+use moerun_model::{KvCache, Model, ModelError};
+use moerun_types::{LayerId, NumberFormat};
+use moerun_weights::{Checkpoint, MemoryNeed, Needs};
+use ndarray::Array2;
+
+/// Layers 0 and 2 have experts, layer 1 is dense.
+const MIXED_FAMILY: &str = "qwen2_moe";
+
+fn checkpoint(family: &str) -> Checkpoint {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden")).join(family);
+    Checkpoint::open(&dir, Needs::All).expect("a golden checkpoint opens")
+}
+
+fn model() -> Model {
+    Model::load(&checkpoint(MIXED_FAMILY), NumberFormat::F32, &mut |_, _| {}).expect("a golden checkpoint loads")
+}
+
+fn refusal(layer: LayerId, rows: Array2<f32>) -> ModelError {
+    model()
+        .route_moe_input(&CpuPool::new(1), layer, rows)
+        .expect_err("the rows are refused")
+}
+
+#[test]
+fn rows_for_a_dense_layer_are_refused_and_the_moe_layers_named() {
+    let hidden = checkpoint(MIXED_FAMILY).config().hidden;
+    for layer in [LayerId(1), LayerId(3), LayerId(u32::MAX)] {
+        let error = refusal(layer, Array2::zeros((2, hidden)));
+        let ModelError::NotMoe {
+            layer: found,
+            moe_layers,
+        } = error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!((found, moe_layers), (layer, vec![LayerId(0), LayerId(2)]));
+    }
+}
+
+#[test]
+fn rows_of_another_width_are_refused() {
+    let hidden = checkpoint(MIXED_FAMILY).config().hidden;
+    let error = refusal(LayerId(0), Array2::zeros((2, hidden + 1)));
+    assert!(
+        matches!(error, ModelError::Width { wanted, found, .. } if wanted == hidden && found == hidden + 1),
+        "{error}"
+    );
+}
+
+#[test]
+fn rows_that_are_not_numbers_are_refused_by_the_gate() {
+    let mut rows = Array2::zeros((2, checkpoint(MIXED_FAMILY).config().hidden));
+    rows[[1, 3]] = f32::NAN;
+    let error = refusal(LayerId(2), rows);
+    assert!(matches!(error, ModelError::Gate { layer: LayerId(2), .. }), "{error}");
+}
+
+/// Where heads are a whole number of vector lines wide, as they are in all but toys.
+#[test]
+fn a_page_takes_what_the_memory_estimate_says() {
+    for family in ["qwen3_moe", "gpt_oss", "deepseek_v3"] {
+        let checkpoint = checkpoint(family);
+        let need = MemoryNeed::of(checkpoint.config(), NumberFormat::F32);
+        let page_bytes = KvCache::page_bytes(checkpoint.config()) as u64;
+        assert_eq!(page_bytes, need.kv_bytes_per_token * KV_PAGE_TOKENS as u64, "{family}");
+        assert_eq!(
+            KvCache::new(checkpoint.config(), 2).layers.len(),
+            checkpoint.config().layers.len(),
+            "{family}"
+        );
+    }
+}

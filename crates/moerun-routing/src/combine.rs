@@ -1,0 +1,150 @@
+//! The combine: partial sums of many holders become one result, the same bits whatever their number.
+
+mod error;
+mod packing;
+#[cfg(test)]
+mod tests;
+
+use moerun_types::{COMBINE_FRACTION_BITS, CombineMode, MoeConfig, Numerics};
+use ndarray::Array2;
+
+pub use error::CombineError;
+
+/// Partial sums of one holder (or of all of them), `[rows, hidden]`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PartialSums {
+    /// Fixed point with [`moerun_types::COMBINE_FRACTION_BITS`] fraction bits; addition wraps and associates.
+    Exact {
+        /// Length of a row.
+        hidden: usize,
+        /// `[rows, hidden]`.
+        sums: Vec<i64>,
+    },
+    /// f32 sums; closeness only.
+    Fast {
+        /// Length of a row.
+        hidden: usize,
+        /// `[rows, hidden]`.
+        sums: Vec<f32>,
+    },
+}
+
+impl PartialSums {
+    /// Zeros.
+    pub fn zeros(mode: CombineMode, rows: usize, hidden: usize) -> Self {
+        match mode {
+            CombineMode::Exact => PartialSums::Exact {
+                hidden,
+                sums: vec![0; rows * hidden],
+            },
+            CombineMode::Fast => PartialSums::Fast {
+                hidden,
+                sums: vec![0.0; rows * hidden],
+            },
+        }
+    }
+
+    /// How these sums are added.
+    pub fn mode(&self) -> CombineMode {
+        match self {
+            PartialSums::Exact { .. } => CombineMode::Exact,
+            PartialSums::Fast { .. } => CombineMode::Fast,
+        }
+    }
+
+    /// Length of a row.
+    pub fn hidden(&self) -> usize {
+        match self {
+            PartialSums::Exact { hidden, .. } | PartialSums::Fast { hidden, .. } => *hidden,
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.len().checked_div(self.hidden()).unwrap_or(0)
+    }
+
+    /// Number of elements.
+    fn len(&self) -> usize {
+        match self {
+            PartialSums::Exact { sums, .. } => sums.len(),
+            PartialSums::Fast { sums, .. } => sums.len(),
+        }
+    }
+
+    /// Adds row `i` of `other` to row `rows[i]` of `self`. In exact mode the order of such calls cannot change a bit.
+    ///
+    /// Errors: another mode or row length, another number of rows than `rows` names, a row beyond the last. `self` is
+    /// unchanged then.
+    pub fn add_rows(&mut self, rows: &[u32], other: &PartialSums) -> Result<(), CombineError> {
+        self.check_addend(rows, other)?;
+        match (self, other) {
+            (PartialSums::Exact { hidden, sums }, PartialSums::Exact { sums: addend, .. }) => {
+                add_to_rows(sums, *hidden, rows, addend, i64::wrapping_add);
+            }
+            (PartialSums::Fast { hidden, sums }, PartialSums::Fast { sums: addend, .. }) => {
+                add_to_rows(sums, *hidden, rows, addend, |a, b| a + b);
+            }
+            (PartialSums::Exact { .. }, PartialSums::Fast { .. })
+            | (PartialSums::Fast { .. }, PartialSums::Exact { .. }) => unreachable!("check_addend compared the modes"),
+        }
+        Ok(())
+    }
+
+    fn check_addend(&self, rows: &[u32], other: &PartialSums) -> Result<(), CombineError> {
+        let mismatch = |wanted, found| Err(CombineError::Mismatch { wanted, found });
+        if (self.mode(), self.hidden()) != (other.mode(), other.hidden()) {
+            return mismatch(
+                format!("{} sums of length {}", self.mode(), self.hidden()),
+                format!("{} sums of length {}", other.mode(), other.hidden()),
+            );
+        }
+        if rows.len().checked_mul(other.hidden()) != Some(other.len()) {
+            return mismatch(
+                format!("{} rows x {}", rows.len(), other.hidden()),
+                format!("{} elements", other.len()),
+            );
+        }
+        match rows.iter().find(|&&row| row as usize >= self.rows()) {
+            Some(row) if self.hidden() > 0 => mismatch(format!("rows below {}", self.rows()), format!("row {row}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The combined values, `[rows, hidden]`: exact sums are converted once, to nearest even, times 2^-40.
+    pub fn to_f32(&self) -> Array2<f32> {
+        let (rows, hidden) = (self.rows(), self.hidden());
+        let scale = 1.0 / (1u64 << COMBINE_FRACTION_BITS) as f32;
+        let values = match self {
+            PartialSums::Exact { sums, .. } => sums[..rows * hidden].iter().map(|&sum| sum as f32 * scale).collect(),
+            PartialSums::Fast { sums, .. } => sums[..rows * hidden].to_vec(),
+        };
+        Array2::from_shape_vec((rows, hidden), values).expect("rows * hidden values were taken")
+    }
+}
+
+fn add_to_rows<T: Copy>(sums: &mut [T], hidden: usize, rows: &[u32], addend: &[T], add: impl Fn(T, T) -> T) {
+    if hidden == 0 {
+        return;
+    }
+    for (&row, addend) in rows.iter().zip(addend.chunks_exact(hidden)) {
+        let start = row as usize * hidden;
+        for (sum, &term) in sums[start..start + hidden].iter_mut().zip(addend) {
+            *sum = add(*sum, term);
+        }
+    }
+}
+
+/// Most terms that one element of the result can have: `top_k * (blocks + 1 if there is a down bias)`.
+pub fn terms_per_element(moe: &MoeConfig, numerics: &Numerics) -> usize {
+    moe.top_k * (numerics.num_blocks(moe.intermediate) + usize::from(moe.down_bias))
+}
+
+/// Bound on a term's magnitude: `2^23 / next_power_of_two(terms_per_element)`, so that no sum can overflow and the
+/// error does not depend on the grouping.
+pub fn term_limit(terms_per_element: usize) -> f32 {
+    const SUM_LIMIT: f32 = (1u32 << (63 - COMBINE_FRACTION_BITS)) as f32;
+    terms_per_element
+        .checked_next_power_of_two()
+        .map_or(0.0, |terms| SUM_LIMIT / terms as f32)
+}

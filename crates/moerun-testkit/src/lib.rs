@@ -1,0 +1,26 @@
+//! What the other crates are checked against: a naive reference, tiny checkpoints of any shape, malformed checkpoints.
+//!
+//! Nothing here shares arithmetic with `moerun-kernels`, config parsing with `moerun-types` or tensor reading with
+//! `moerun-weights`: an error in one of those cannot hide itself by being made here too.
+
+mod error;
+mod family;
+mod number;
+mod raw_file;
+
+mod edit;
+mod lies;
+mod naive;
+mod tiny;
+
+pub use edit::{
+    copy_checkpoint, copy_only_experts, copy_perturbed, copy_without_experts, edit_json, edit_tensor, edit_tensors,
+    is_expert_tensor, perturb_tensor,
+};
+pub use error::TestkitError;
+pub use family::{ALL_FAMILIES, Family, golden_dir};
+pub use naive::{NaiveForward, NaiveModel, NaiveMoeBlock};
+pub use number::{Element, decode, encode};
+pub use lies::{Lie, Stage, lies};
+pub use raw_file::{RawFile, RawTensor};
+pub use tiny::{LatentSizes, Spelling, Storage, TinyCheckpoint, TinyRope};

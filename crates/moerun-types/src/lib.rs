@@ -1,0 +1,14 @@
+//! The nouns of Moerun: identities, number formats, the shape of a model.
+//!
+//! Nothing here does I/O, waits, or holds an array. [`ModelConfig`] is the one description of a transformer that
+//! every other crate works from; it is parsed from a checkpoint's `config.json` and checked once.
+#![forbid(unsafe_code)]
+
+mod ids;
+mod numerics;
+
+mod model_config;
+
+pub use ids::{BlockRange, ExpertId, ExpertSlice, LayerId, SequenceId};
+pub use model_config::*;
+pub use numerics::{COMBINE_FRACTION_BITS, CombineMode, NumberFormat, Numerics, default_combine_block};

@@ -1,0 +1,185 @@
+//! A checkpoint directory: config, mapped shards, and the tensors in them.
+
+use std::{
+    collections::{HashMap, HashSet},
+    path::{Path, PathBuf},
+};
+
+use moerun_types::{ExpertId, FeedForwardKind, LayerId, ModelConfig, NumberFormat, StoredDtype, WeightQuantization};
+
+use crate::{
+    Dtype, ExpertSource, GenerationConfig, MatrixSource, TensorRole, WeightsError,
+    directory::Directory,
+    expected::{ExpectedTensor, ModelPart, expected_tensors},
+    expert::{self, ExpertParts},
+    store::TensorStore,
+    verify::verify,
+};
+
+/// Longest `config.json` and `generation_config.json`: real ones have a few kilobytes.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+
+/// Which tensors a process is going to read, and so must be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Everything: gateway with local experts.
+    All,
+    /// All but the experts: gateway with workers. Expert tensors may be absent; those that are there must be right.
+    GatewayOnly,
+    /// The experts: a worker. Other tensors may be absent; those that are there must be right.
+    ExpertsOnly,
+}
+
+/// A mapped checkpoint directory whose tensors all have the names, shapes and types that its config asks for.
+///
+/// The files stay mapped as long as this lives and must not be changed meanwhile: a truncated file ends the process.
+#[derive(Debug)]
+pub struct Checkpoint {
+    pub(crate) config: ModelConfig,
+    generation_config: GenerationConfig,
+    dir: PathBuf,
+    pub(crate) store: TensorStore,
+    /// Tensors outside the experts that are there, with their shapes on disk.
+    dense: HashMap<TensorRole, (String, Vec<usize>)>,
+}
+
+impl Checkpoint {
+    /// Reads the config and the headers of all shards, maps the shards, and checks every tensor against the config.
+    /// No tensor data is read.
+    ///
+    /// Weights are `model.safetensors`, or the shards that `model.safetensors.index.json` names. Shards that hold
+    /// nothing but tensors which `needs` allows to be absent may be absent themselves.
+    ///
+    /// # Errors
+    /// Whatever is wrong is named with what was wanted and what was found.
+    pub fn open(dir: &Path, needs: Needs) -> Result<Self, WeightsError> {
+        let directory = Directory::open(dir)?;
+        let config = read_config(&directory)?;
+        let generation_config = match directory.read_text("generation_config.json", MAX_CONFIG_BYTES)? {
+            Some(text) => GenerationConfig::from_json(&text, config.vocab_size)?,
+            None => GenerationConfig::default(),
+        };
+        let expected = expected_tensors(&config);
+        let needed: HashSet<&str> = expected
+            .iter()
+            .filter(|tensor| !needs.allow_absence(tensor.part))
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        let may_be_absent = |name: &str| !needed.contains(name.strip_prefix("language_model.").unwrap_or(name));
+        let store = TensorStore::open(&directory, config.family, &may_be_absent)?;
+        verify(&store, &config, &expected, needs)?;
+        let dense = expected
+            .into_iter()
+            .filter(|tensor| store.get(&tensor.name).is_some())
+            .filter_map(|ExpectedTensor { name, shape, part, .. }| match part {
+                ModelPart::Dense(role) => Some((role, (name, shape))),
+                ModelPart::Experts(_) => None,
+            })
+            .collect();
+        Ok(Checkpoint { config, generation_config, dir: dir.to_owned(), store, dense })
+    }
+
+    /// The parsed config.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// `generation_config.json`, or its defaults where there is none.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation_config
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether this checkpoint holds all tensors of `layer`'s expert `expert`.
+    pub fn has_expert(&self, layer: LayerId, expert: ExpertId) -> bool {
+        self.expert_parts(layer, expert).is_ok()
+    }
+
+    /// Whether a tensor outside the experts is there.
+    pub fn has(&self, role: TensorRole) -> bool {
+        self.dense.contains_key(&role)
+    }
+
+    /// A matrix outside the experts; an error if it is not there.
+    pub fn matrix(&self, role: TensorRole) -> Result<MatrixSource<'_>, WeightsError> {
+        let (name, shape) = self.dense.get(&role).ok_or(WeightsError::NoTensor { role })?;
+        let &[rows, cols] = &shape[..] else {
+            return Err(WeightsError::Rank { role, wanted: "a matrix", found: shape.clone() });
+        };
+        expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
+            .ok_or(WeightsError::NoTensor { role })
+    }
+
+    /// A vector outside the experts, as f32.
+    pub fn vector(&self, role: TensorRole) -> Result<Vec<f32>, WeightsError> {
+        let (name, shape) = self.dense.get(&role).ok_or(WeightsError::NoTensor { role })?;
+        let (&[length] | &[1, length]) = &shape[..] else {
+            return Err(WeightsError::Rank { role, wanted: "a vector", found: shape.clone() });
+        };
+        let source =
+            expert::whole_matrix(&self.store, name, [1, length], None).ok_or(WeightsError::NoTensor { role })?;
+        Ok(expert::read_vector(&source))
+    }
+
+    /// One expert's matrices and biases; an error if it is not there.
+    pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Result<ExpertSource<'_>, WeightsError> {
+        self.expert_parts(layer, expert).map(ExpertSource::from)
+    }
+
+    /// The number format that is used unless another is asked for: that of most of the weights that are there, f16
+    /// counting as f32; for weights that are quantised on disk, that of the config, bf16 unless it says f32.
+    pub fn default_format(&self) -> NumberFormat {
+        let configured = || match self.config.stored_dtype {
+            Some(StoredDtype::F32) => NumberFormat::F32,
+            _ => NumberFormat::Bf16,
+        };
+        if self.config.quantization != WeightQuantization::None {
+            return configured();
+        }
+        let (mut wide, mut narrow) = (0u64, 0u64);
+        for tensor in expected_tensors(&self.config).iter().filter(|tensor| tensor.shape.len() > 1) {
+            let Some(stored) = self.store.get(&tensor.name) else { continue };
+            let elements: u64 = stored.shape.iter().map(|&dim| dim as u64).product();
+            match stored.element.dtype {
+                Some(Dtype::Bf16) => narrow += elements,
+                _ => wide += elements,
+            }
+        }
+        match (wide, narrow) {
+            (0, 0) => configured(),
+            _ if narrow > wide => NumberFormat::Bf16,
+            _ => NumberFormat::F32,
+        }
+    }
+
+    pub(crate) fn expert_parts(&self, layer: LayerId, expert: ExpertId) -> Result<ExpertParts<'_>, WeightsError> {
+        let is_moe = |layer: &moerun_types::LayerConfig| layer.feed_forward == FeedForwardKind::Moe;
+        self.config
+            .moe
+            .as_ref()
+            .filter(|_| self.config.layers.get(layer.0 as usize).is_some_and(is_moe))
+            .and_then(|moe| expert::find(&self.store, &self.config, moe, layer, expert))
+            .ok_or(WeightsError::NoExpert { layer, expert })
+    }
+}
+
+fn read_config(directory: &Directory) -> Result<ModelConfig, WeightsError> {
+    const NAME: &str = "config.json";
+    let text = directory.read_text(NAME, MAX_CONFIG_BYTES)?.ok_or_else(|| WeightsError::Io {
+        path: directory.path().join(NAME),
+        source: std::io::ErrorKind::NotFound.into(),
+    })?;
+    Ok(ModelConfig::from_json(&text)?)
+}
+
+/// Length of the blocks that share a scale in fp8 checkpoints.
+pub(crate) fn fp8_block(config: &ModelConfig) -> Option<[usize; 2]> {
+    match config.quantization {
+        WeightQuantization::Fp8Block { rows, cols } => Some([rows, cols]),
+        WeightQuantization::None | WeightQuantization::Mxfp4 => None,
+    }
+}

@@ -1,0 +1,151 @@
+//! All tensors of a checkpoint by name, in the shards that hold them.
+
+use std::collections::HashMap;
+
+use memmap2::Mmap;
+use moerun_types::Family;
+
+use crate::{
+    WeightsError,
+    directory::{self, Directory, Found},
+    header::{self, ElementType, MAX_TENSORS},
+    index::{self, Layout, Shards},
+};
+
+/// A tensor on disk.
+#[derive(Debug)]
+pub(crate) struct StoredTensor {
+    pub(crate) element: ElementType,
+    pub(crate) shape: Vec<usize>,
+    shard: usize,
+    bytes: std::ops::Range<usize>,
+}
+
+/// All tensors of a checkpoint by name. Names are those of the plain family: a prefix common to all is taken off.
+#[derive(Debug)]
+pub(crate) struct TensorStore {
+    shards: Vec<Shard>,
+    tensors: HashMap<String, StoredTensor>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    map: Mmap,
+}
+
+impl TensorStore {
+    /// Maps all shards and reads their headers. A shard that is not there is an error unless `may_be_absent` holds for
+    /// every tensor that the index says is in it.
+    pub(crate) fn open(
+        directory: &Directory,
+        family: Family,
+        may_be_absent: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, WeightsError> {
+        let mut store = TensorStore { shards: Vec::new(), tensors: HashMap::new() };
+        match index::find(directory)? {
+            Layout::Single(name) => {
+                store.add_shard(directory, name, None)?;
+            }
+            Layout::Sharded(shards) => store.add_shards(directory, &shards, may_be_absent)?,
+        }
+        if family == Family::Llama4Text {
+            store.strip_common_prefix("language_model.");
+        }
+        Ok(store)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    /// Bytes of a tensor; touching them may read the disk.
+    pub(crate) fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
+        &self.shards[tensor.shard].map[tensor.bytes.clone()]
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// File name of the shard that holds a tensor.
+    pub(crate) fn shard_name(&self, tensor: &StoredTensor) -> &str {
+        &self.shards[tensor.shard].name
+    }
+
+    fn add_shards(
+        &mut self,
+        directory: &Directory,
+        shards: &Shards,
+        may_be_absent: &dyn Fn(&str) -> bool,
+    ) -> Result<(), WeightsError> {
+        for (shard, tensors) in &shards.tensors_by_shard {
+            if self.add_shard(directory, shard, Some(shards))? {
+                continue;
+            }
+            match tensors.iter().find(|tensor| !may_be_absent(tensor)) {
+                Some(tensor) => {
+                    return Err(WeightsError::MissingShard { shard: shard.clone(), tensor: tensor.clone() });
+                }
+                None => tracing::info!(%shard, tensors = tensors.len(), "shard is absent and not needed"),
+            }
+        }
+        for (shard, tensors) in &shards.tensors_by_shard {
+            let Some(position) = self.shards.iter().position(|open| open.name == *shard) else { continue };
+            for tensor in tensors {
+                if self.tensors.get(tensor).is_none_or(|stored| stored.shard != position) {
+                    return Err(WeightsError::Misplaced {
+                        tensor: tensor.clone(),
+                        wanted: shard.clone(),
+                        found: "no shard".to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the tensors of one file; `false` if there is no such file.
+    fn add_shard(
+        &mut self,
+        directory: &Directory,
+        name: &str,
+        index: Option<&Shards>,
+    ) -> Result<bool, WeightsError> {
+        let Found::File(target) = directory.find(name)? else { return Ok(false) };
+        let path = directory.path().join(name);
+        let map = directory::map(&target)?;
+        let shard = self.shards.len();
+        for found in header::parse(&path, &map)? {
+            let tensor = found.name;
+            if let Some(first) = self.tensors.get(&tensor) {
+                let first = self.shard_name(first).to_owned();
+                return Err(WeightsError::Duplicate { tensor, first, second: name.to_owned() });
+            }
+            if let Some(index) = index {
+                let wanted = index.shard_by_tensor.get(&tensor);
+                if wanted.is_none_or(|wanted| wanted != name) {
+                    let wanted = wanted.cloned().unwrap_or_else(|| "no shard".to_owned());
+                    return Err(WeightsError::Misplaced { tensor, wanted, found: name.to_owned() });
+                }
+            }
+            if self.tensors.len() == MAX_TENSORS {
+                let reason = format!("wanted at most {MAX_TENSORS} tensors in a checkpoint, found more");
+                return Err(WeightsError::Header { path, reason });
+            }
+            let stored = StoredTensor { element: found.element, shape: found.shape, shard, bytes: found.bytes };
+            self.tensors.insert(tensor, stored);
+        }
+        self.shards.push(Shard { name: name.to_owned(), map });
+        Ok(true)
+    }
+
+    /// The language model of a multimodal checkpoint, saved alone, may keep the prefix it had there.
+    fn strip_common_prefix(&mut self, prefix: &str) {
+        if self.tensors.is_empty() || !self.tensors.keys().all(|name| name.starts_with(prefix)) {
+            return;
+        }
+        let tensors = std::mem::take(&mut self.tensors);
+        self.tensors = tensors.into_iter().map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor)).collect();
+    }
+}

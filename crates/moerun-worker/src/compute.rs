@@ -1,0 +1,156 @@
+//! The compute thread and the bounded queue before it.
+
+use std::{
+    any::Any,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    thread::{self, JoinHandle},
+    time::Instant,
+};
+
+use moerun_kernels::flush_denormals;
+use moerun_model::ExpertError;
+use moerun_proto::{ExecuteFailure, ExecuteWork, encode_failure, encode_response, v1};
+use moerun_routing::PartialSums;
+use tokio::sync::{mpsc::OwnedPermit, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// Runs the experts of one request.
+pub(crate) type RunExperts = Box<dyn FnMut(&ExecuteWork) -> Result<PartialSums, ExpertError> + Send>;
+
+/// Room for one answer on the stream that asked: the compute thread never waits for a slow reader.
+pub(crate) type ReplySlot = OwnedPermit<Result<v1::ExecuteResponse, Status>>;
+
+/// A request, and where its answer goes.
+pub(crate) struct Job {
+    /// What is asked.
+    pub(crate) work: ExecuteWork,
+    /// When the message was read.
+    pub(crate) arrived: Instant,
+    /// Cancelled when nobody can receive the answer any more.
+    pub(crate) abandoned: CancellationToken,
+    /// Takes the answer.
+    pub(crate) reply: ReplySlot,
+}
+
+/// Handle to the compute thread, which ends when the last handle is dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct Compute {
+    jobs: SyncSender<Job>,
+    outstanding: watch::Sender<usize>,
+}
+
+impl Compute {
+    /// Starts the thread, with a queue of `max_queue` requests.
+    pub(crate) fn start(mut run: RunExperts, max_queue: usize) -> io::Result<(Self, JoinHandle<()>)> {
+        let (jobs, queue) = sync_channel(max_queue);
+        let outstanding = watch::Sender::new(0);
+        let finished = outstanding.clone();
+        let thread = thread::Builder::new()
+            .name("moerun-compute".to_owned())
+            .spawn(move || serve_queue(&queue, &mut run, &finished))?;
+        Ok((Self { jobs, outstanding }, thread))
+    }
+
+    /// Queues a request, or answers it at once that the queue is full.
+    pub(crate) fn submit(&self, job: Job) {
+        self.outstanding.send_modify(|count| *count += 1);
+        let (job, failure) = match self.jobs.try_send(job) {
+            Ok(()) => return,
+            Err(TrySendError::Full(job)) => (job, ExecuteFailure::Overloaded),
+            Err(TrySendError::Disconnected(job)) => (
+                job,
+                ExecuteFailure::Internal {
+                    message: "the compute thread has ended".to_owned(),
+                },
+            ),
+        };
+        self.outstanding.send_modify(|count| *count -= 1);
+        job.reply.send(Ok(encode_failure(job.work.request_id, failure)));
+    }
+
+    /// Requests queued or being computed.
+    pub(crate) fn outstanding(&self) -> usize {
+        *self.outstanding.borrow()
+    }
+
+    /// Waits until nothing is queued or being computed.
+    pub(crate) async fn idle(&self) {
+        // Fails only if the sender is gone, and `self` holds one.
+        let _ = self.outstanding.subscribe().wait_for(|&count| count == 0).await;
+    }
+}
+
+fn serve_queue(queue: &Receiver<Job>, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
+    flush_denormals();
+    while let Ok(job) = queue.recv() {
+        if !job.abandoned.is_cancelled() {
+            let response = answer(&job, run);
+            job.reply.send(Ok(response));
+        }
+        outstanding.send_modify(|count| *count -= 1);
+    }
+}
+
+fn answer(job: &Job, run: &mut RunExperts) -> v1::ExecuteResponse {
+    let id = job.work.request_id;
+    let begun = Instant::now();
+    let queued = begun - job.arrived;
+    if job.work.deadline.is_some_and(|deadline| queued >= deadline) {
+        return encode_failure(id, ExecuteFailure::DeadlineExceeded);
+    }
+    // A panicking request must not take the others with it; the bank is read-only, so nothing is left half changed.
+    match catch_unwind(AssertUnwindSafe(|| run(&job.work))) {
+        Ok(Ok(sums)) => {
+            let computed = begun.elapsed();
+            encode_response(id, &sums, queued, computed)
+        }
+        Ok(Err(error)) => encode_failure(id, failure_of(&error)),
+        Err(panic) => {
+            let message = panic_message(panic.as_ref());
+            tracing::error!(request_id = id, layer = job.work.layer.0, "experts panicked: {message}");
+            encode_failure(
+                id,
+                ExecuteFailure::Internal {
+                    message: format!("panic: {message}"),
+                },
+            )
+        }
+    }
+}
+
+fn failure_of(error: &ExpertError) -> ExecuteFailure {
+    let message = error.to_string();
+    match *error {
+        ExpertError::NotHeld { layer, expert, blocks } => ExecuteFailure::NotHeld {
+            layer,
+            expert,
+            block: Some(blocks.first),
+            message,
+        },
+        ExpertError::Term {
+            layer, expert, block, ..
+        } => ExecuteFailure::TermOutOfRange {
+            layer,
+            expert,
+            block,
+            message,
+        },
+        ExpertError::Shape { .. }
+        | ExpertError::Format { .. }
+        | ExpertError::Row { .. }
+        | ExpertError::NoBlocks { .. }
+        | ExpertError::Duplicate { .. }
+        | ExpertError::TooManyExperts { .. }
+        | ExpertError::Weight { .. } => ExecuteFailure::Invalid { message },
+        _ => ExecuteFailure::Internal { message },
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned())
+}

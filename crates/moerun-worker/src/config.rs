@@ -1,0 +1,46 @@
+//! What a worker is told.
+
+use std::{path::PathBuf, time::Duration};
+
+use moerun_routing::ShardSpec;
+use moerun_types::{CombineMode, NumberFormat};
+
+/// What a worker is told.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Checkpoint directory; only the expert tensors need be there.
+    pub model_dir: PathBuf,
+    /// `host:port` to listen on; port 0 takes a free one.
+    pub listen: String,
+    /// Which experts, or slices of them, to hold.
+    pub shard: ShardSpec,
+    /// How weights are held; `None` = the checkpoint's own type.
+    pub weights: Option<NumberFormat>,
+    /// How partial sums are added.
+    pub combine: CombineMode,
+    /// Block of the exact combine; `None` = by the experts' width.
+    pub combine_block: Option<usize>,
+    /// Threads that compute, at least 1.
+    pub threads: usize,
+    /// Most requests that wait to be computed, of all gateways together; one more is answered `OVERLOADED`.
+    pub max_queue: usize,
+    /// How long a drain may take before what is left is abandoned.
+    pub drain_timeout: Duration,
+}
+
+impl WorkerConfig {
+    /// Everything but what must be told.
+    pub fn new(model_dir: impl Into<PathBuf>, listen: impl Into<String>, shard: ShardSpec) -> Self {
+        Self {
+            model_dir: model_dir.into(),
+            listen: listen.into(),
+            shard,
+            weights: None,
+            combine: CombineMode::Exact,
+            combine_block: None,
+            threads: moerun_process::available_threads(),
+            max_queue: 256,
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The gRPC server of a worker: experts, health, reflection; and how it ends.
+
+use std::{
+    net::TcpListener,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use moerun_process::Shutdown;
+use moerun_proto::{
+    CONNECTION_WINDOW_BYTES, FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
+    STREAM_WINDOW_BYTES, v1::expert_service_server::ExpertServiceServer,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    server::NamedService,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    WorkerError,
+    service::{Experts, Loaded},
+};
+
+/// A gateway that is gone without a word is found within the sum of these.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long connections may take to close once their streams have ended; hyper can wait for ever.
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
+/// hyper's default of 20 ends a connection whose peer cancels a few streams at once.
+const MAX_PENDING_RESETS: usize = 1024;
+
+type ExpertServer = ExpertServiceServer<Experts>;
+
+/// Says whether the worker can be used, under the service's own name and for the process.
+#[derive(Debug, Clone)]
+pub(crate) struct Health {
+    reporter: HealthReporter,
+}
+
+impl Health {
+    /// Changes what is said.
+    pub(crate) async fn set(&self, status: ServingStatus) {
+        self.reporter.set_service_status("", status).await;
+        self.reporter
+            .set_service_status(<ExpertServer as NamedService>::NAME, status)
+            .await;
+    }
+}
+
+/// A server that accepts connections but holds no experts yet.
+pub(crate) struct ExpertsServer {
+    /// Filled when they are loaded.
+    pub(crate) loaded: Arc<OnceLock<Loaded>>,
+    /// Changed when they are.
+    pub(crate) health: Health,
+    /// Runs until shutdown.
+    pub(crate) run: std::pin::Pin<Box<dyn Future<Output = Result<(), WorkerError>> + Send>>,
+}
+
+/// Prepares the server; it accepts as soon as `run` is polled. Call it inside the data plane's runtime.
+pub(crate) async fn prepare(
+    listener: TcpListener,
+    shutdown: Shutdown,
+    drain_timeout: Duration,
+) -> Result<ExpertsServer, WorkerError> {
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    let health = Health { reporter };
+    health.set(ServingStatus::NotServing).await;
+
+    let start = |source| WorkerError::Start {
+        what: "listener",
+        source,
+    };
+    listener.set_nonblocking(true).map_err(start)?;
+    let listener = tokio::net::TcpListener::from_std(listener).map_err(start)?;
+    // tonic's own `tcp_nodelay` is ignored for a given listener; without it a hop can take 40 ms.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+
+    let closing = CancellationToken::new();
+    let loaded = Arc::new(OnceLock::new());
+    let experts = Experts {
+        loaded: loaded.clone(),
+        shutdown: shutdown.clone(),
+        closing: closing.clone(),
+    };
+    let expert_service = ExpertServiceServer::new(experts)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
+    let server = Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(256)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .add_service(expert_service)
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(reflection_error)?)
+        .add_service(reflection().build_v1alpha().map_err(reflection_error)?)
+        .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
+    let end = End {
+        shutdown,
+        health: health.clone(),
+        loaded: loaded.clone(),
+        closing,
+        drain_timeout,
+    };
+    Ok(ExpertsServer {
+        loaded,
+        health,
+        run: Box::pin(end.serve_until_shutdown(server)),
+    })
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(<ExpertServer as NamedService>::NAME)
+        .with_service_name("grpc.health.v1.Health")
+}
+
+fn reflection_error(error: tonic_reflection::server::Error) -> WorkerError {
+    WorkerError::Server {
+        reason: format!("reflection: {error}"),
+    }
+}
+
+/// The way down.
+struct End {
+    shutdown: Shutdown,
+    health: Health,
+    loaded: Arc<OnceLock<Loaded>>,
+    closing: CancellationToken,
+    drain_timeout: Duration,
+}
+
+impl End {
+    /// Serves; on drain refuses new work, finishes what is queued, ends the streams, and closes the connections.
+    async fn serve_until_shutdown(
+        self,
+        server: impl Future<Output = Result<(), tonic::transport::Error>>,
+    ) -> Result<(), WorkerError> {
+        tokio::pin!(server);
+        let outcome = tokio::select! {
+            ended = &mut server => return Err(ended_by_itself(ended)),
+            outcome = self.drain() => outcome,
+        };
+        self.closing.cancel();
+        tokio::select! {
+            ended = &mut server => ended.map_err(server_error)?,
+            () = self.shutdown.stopping() => {}
+            () = tokio::time::sleep(CLOSE_GRACE) => tracing::warn!("connections did not close in {CLOSE_GRACE:?}"),
+        }
+        outcome
+    }
+
+    async fn drain(&self) -> Result<(), WorkerError> {
+        self.shutdown.draining().await;
+        self.health.set(ServingStatus::NotServing).await;
+        let Some(loaded) = self.loaded.get() else { return Ok(()) };
+        tokio::select! {
+            () = loaded.compute.idle() => Ok(()),
+            () = self.shutdown.stopping() => Ok(()),
+            () = tokio::time::sleep(self.drain_timeout) => Err(WorkerError::DrainTimeout {
+                seconds: self.drain_timeout.as_secs(),
+                outstanding: loaded.compute.outstanding(),
+            }),
+        }
+    }
+}
+
+fn ended_by_itself(ended: Result<(), tonic::transport::Error>) -> WorkerError {
+    match ended {
+        Ok(()) => WorkerError::Server {
+            reason: "ended without being asked to".to_owned(),
+        },
+        Err(error) => server_error(error),
+    }
+}
+
+fn server_error(error: tonic::transport::Error) -> WorkerError {
+    WorkerError::Server {
+        reason: format!("{error:?}"),
+    }
+}

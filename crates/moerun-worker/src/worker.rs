@@ -1,0 +1,245 @@
+//! Starts a worker in the order in which it can fail cheaply: settings, shard, memory, address; then load; then ready.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, OnceLock},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use moerun_kernels::CpuPool;
+use moerun_model::ExpertBank;
+use moerun_process::{DataPlane, LoadProgress, Shutdown};
+use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
+use moerun_types::{Numerics, default_combine_block};
+use moerun_weights::{Checkpoint, Needs};
+use tokio::task::JoinHandle as Task;
+use tonic_health::ServingStatus;
+
+use crate::{
+    WorkerConfig, WorkerError,
+    compute::{Compute, RunExperts},
+    identity::identify,
+    memory, server,
+    service::Loaded,
+};
+
+/// A running worker. Dropping it stops it at once; [`Worker::wait`] lets it end in order.
+#[derive(Debug)]
+pub struct Worker {
+    address: SocketAddr,
+    shutdown: Shutdown,
+    server: Option<Task<Result<(), WorkerError>>>,
+    compute: Option<JoinHandle<()>>,
+    data_plane: DataPlane,
+}
+
+/// How a worker serves what it holds.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// `host:port`; port 0 takes a free one.
+    pub listen: String,
+    /// Threads that compute, at least 1.
+    pub threads: usize,
+    /// Most requests that wait to be computed.
+    pub max_queue: usize,
+    /// How long a drain may take.
+    pub drain_timeout: Duration,
+}
+
+impl Worker {
+    /// Loads what `config` names and serves it; returns when the worker is ready.
+    ///
+    /// Before anything large is read, the shard is resolved, its memory is reckoned, and the address is taken. While it
+    /// loads, health says `NOT_SERVING` and a handshake is answered `UNAVAILABLE`.
+    pub fn start(config: &WorkerConfig, shutdown: Shutdown) -> Result<Self, WorkerError> {
+        at_least_one("combine_block", config.combine_block.unwrap_or(1))?;
+        let options = ServeOptions {
+            listen: config.listen.clone(),
+            threads: config.threads,
+            max_queue: config.max_queue,
+            drain_timeout: config.drain_timeout,
+        };
+        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?;
+        let model = checkpoint.config();
+        let Some(moe) = &model.moe else {
+            return Err(WorkerError::DenseModel);
+        };
+        let numerics = Numerics {
+            format: config.weights.unwrap_or_else(|| checkpoint.default_format()),
+            combine: config.combine,
+            combine_block: config
+                .combine_block
+                .unwrap_or_else(|| default_combine_block(moe.intermediate)),
+        };
+        let slices = config.shard.resolve(model, &numerics)?;
+        if slices.is_empty() {
+            tracing::warn!("shard {} holds nothing of this model", config.shard);
+        }
+        memory::check_fits(model, &slices, numerics)?;
+        let listening = Listening::start(options, shutdown)?;
+
+        let mut hashing = LoadProgress::counting("expert hashes");
+        let identity = identify(&checkpoint, &slices, numerics, &mut |done, total| {
+            hashing.update(done, total)
+        })?;
+        hashing.finish();
+        let mut loading = LoadProgress::new("experts");
+        let bank = ExpertBank::load(&checkpoint, &slices, numerics, &mut |done, total| {
+            loading.update(done, total)
+        })?;
+        loading.finish();
+        listening.serve(bank, &identity)
+    }
+
+    /// Serves experts that are loaded already, under an identity made by [`identify`].
+    pub fn serve(
+        bank: ExpertBank,
+        identity: &WorkerIdentity,
+        options: ServeOptions,
+        shutdown: Shutdown,
+    ) -> Result<Self, WorkerError> {
+        Listening::start(options, shutdown)?.serve(bank, identity)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What ends it.
+    pub fn shutdown(&self) -> &Shutdown {
+        &self.shutdown
+    }
+
+    /// Blocks until the worker has ended, as its shutdown asks.
+    pub fn wait(mut self) -> Result<(), WorkerError> {
+        let Some(server) = self.server.take() else {
+            return Ok(());
+        };
+        let outcome = self.data_plane.handle().block_on(server);
+        let stopped_at_once = self.shutdown.is_stopping();
+        let compute = self.compute.take();
+        // Ends the tasks that hold the queue, which ends the compute thread.
+        drop(self);
+        if let Some(compute) = compute
+            && !stopped_at_once
+            && compute.join().is_err()
+        {
+            return Err(WorkerError::Server {
+                reason: "the compute thread panicked".to_owned(),
+            });
+        }
+        outcome.unwrap_or_else(|error| {
+            Err(WorkerError::Server {
+                reason: error.to_string(),
+            })
+        })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shutdown.stop();
+    }
+}
+
+/// An address that is taken, a server on it, no experts yet.
+struct Listening {
+    options: ServeOptions,
+    address: SocketAddr,
+    shutdown: Shutdown,
+    data_plane: DataPlane,
+    loaded: Arc<OnceLock<Loaded>>,
+    health: server::Health,
+    server: Task<Result<(), WorkerError>>,
+}
+
+impl Listening {
+    fn start(options: ServeOptions, shutdown: Shutdown) -> Result<Self, WorkerError> {
+        at_least_one("threads", options.threads)?;
+        at_least_one("max_queue", options.max_queue)?;
+        let listen = |source| WorkerError::Listen {
+            address: options.listen.clone(),
+            source,
+        };
+        let listener = TcpListener::bind(&options.listen).map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let data_plane = DataPlane::start("moerun-data").map_err(|source| WorkerError::Start {
+            what: "data plane",
+            source,
+        })?;
+        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout);
+        let prepared = data_plane.handle().block_on(preparing)?;
+        let server = data_plane.handle().spawn(prepared.run);
+        let (loaded, health) = (prepared.loaded, prepared.health);
+        Ok(Self {
+            options,
+            address,
+            shutdown,
+            data_plane,
+            loaded,
+            health,
+            server,
+        })
+    }
+
+    fn serve(self, bank: ExpertBank, identity: &WorkerIdentity) -> Result<Worker, WorkerError> {
+        let limits = ModelLimits::new(bank.config(), bank.numerics());
+        let pool = CpuPool::new(self.options.threads);
+        let run: RunExperts =
+            Box::new(move |work| bank.execute(&pool, work.layer, &work.activations, &work.assignments));
+        self.serve_with(run, limits, identity)
+    }
+
+    fn serve_with(
+        self,
+        run: RunExperts,
+        limits: ModelLimits,
+        identity: &WorkerIdentity,
+    ) -> Result<Worker, WorkerError> {
+        let (compute, thread) = Compute::start(run, self.options.max_queue).map_err(|source| WorkerError::Start {
+            what: "compute thread",
+            source,
+        })?;
+        let handshake = encode_handshake(identity);
+        if self
+            .loaded
+            .set(Loaded {
+                handshake,
+                limits,
+                compute,
+            })
+            .is_err()
+        {
+            unreachable!("`self` is consumed, so the experts are set once");
+        }
+        if !self.shutdown.is_draining() {
+            self.data_plane
+                .handle()
+                .block_on(self.health.set(ServingStatus::Serving));
+        }
+        tracing::info!(address = %self.address, slices = identity.held.len(), numerics = %identity.numerics_id, "experts loaded");
+        Ok(Worker {
+            address: self.address,
+            shutdown: self.shutdown,
+            server: Some(self.server),
+            compute: Some(thread),
+            data_plane: self.data_plane,
+        })
+    }
+}
+
+fn at_least_one(setting: &'static str, value: usize) -> Result<(), WorkerError> {
+    if value == 0 {
+        return Err(WorkerError::Setting {
+            setting,
+            wanted: "at least 1",
+            found: value.to_string(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

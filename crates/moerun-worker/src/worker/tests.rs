@@ -1,0 +1,429 @@
+use std::{sync::mpsc as std_mpsc, time::Duration};
+
+use moerun_kernels::Activations;
+use moerun_model::ExpertError;
+use moerun_proto::{
+    ExecuteFailure, ExecuteWork, PROTOCOL_VERSION, decode_response, encode_request,
+    v1::{self, expert_service_client::ExpertServiceClient},
+};
+use moerun_routing::{Assignment, PartialSums, ShardSpec};
+use moerun_types::{BlockRange, CombineMode, ExpertId, LayerId, NumberFormat};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Streaming, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+use super::*;
+
+const HIDDEN: usize = 2;
+/// Experts whose run is something else than a sum.
+const PANICS: u16 = 1;
+const WAITS: u16 = 2;
+const BAD_TERM: u16 = 3;
+
+fn limits() -> ModelLimits {
+    ModelLimits {
+        hidden: HIDDEN,
+        num_experts: 4,
+        top_k: 1,
+        num_blocks: 1,
+        moe_layers: vec![true],
+        numerics: Numerics {
+            format: NumberFormat::F32,
+            combine: CombineMode::Exact,
+            combine_block: 8,
+        },
+        max_rows: 8,
+    }
+}
+
+fn identity() -> WorkerIdentity {
+    WorkerIdentity {
+        protocol_version: PROTOCOL_VERSION,
+        build: String::new(),
+        config_hash: "c".to_owned(),
+        expert_header_hash: None,
+        dense_header_hash: None,
+        router_hash: None,
+        numerics_id: limits().numerics.id(),
+        held: Vec::new(),
+    }
+}
+
+fn options(max_queue: usize) -> ServeOptions {
+    ServeOptions {
+        listen: "127.0.0.1:0".to_owned(),
+        threads: 1,
+        max_queue,
+        drain_timeout: Duration::from_secs(10),
+    }
+}
+
+/// Lets one request that waits go on, and tells when one begins to.
+struct Gate {
+    go: std_mpsc::Sender<()>,
+    begun: std_mpsc::Receiver<()>,
+}
+
+impl Gate {
+    fn open(&self) {
+        self.go.send(()).unwrap();
+    }
+
+    fn await_one(&self) {
+        self.begun
+            .recv_timeout(Duration::from_secs(10))
+            .expect("a request that waits");
+    }
+}
+
+/// A worker whose experts answer with the rows' number.
+fn worker(max_queue: usize) -> (Worker, Gate) {
+    let (go, may_go) = std_mpsc::channel();
+    let (begins, begun) = std_mpsc::channel();
+    let run: RunExperts = Box::new(move |work: &ExecuteWork| match work.assignments[0].expert.0 {
+        PANICS => panic!("expert {PANICS} burns"),
+        BAD_TERM => Err(ExpertError::Term {
+            layer: work.layer,
+            expert: ExpertId(BAD_TERM),
+            block: Some(0),
+            term: f32::NAN,
+            limit: 1.0,
+        }),
+        expert => {
+            if expert == WAITS {
+                let _ = begins.send(());
+                may_go
+                    .recv_timeout(Duration::from_secs(10))
+                    .expect("the test lets every waiting request go on");
+            }
+            let rows = work.activations.rows();
+            Ok(PartialSums::Exact {
+                hidden: HIDDEN,
+                sums: vec![rows as i64; rows * HIDDEN],
+            })
+        }
+    });
+    let listening = Listening::start(options(max_queue), Shutdown::new()).unwrap();
+    (
+        listening.serve_with(run, limits(), &identity()).unwrap(),
+        Gate { go, begun },
+    )
+}
+
+fn request(request_id: u64, expert: u16) -> v1::ExecuteRequest {
+    let rows = Activations::F32 {
+        rows: 1,
+        cols: HIDDEN,
+        data: vec![0.5; HIDDEN],
+    };
+    let work = Assignment {
+        row: 0,
+        expert: ExpertId(expert),
+        blocks: BlockRange { first: 0, end: 1 },
+        weight: 1.0,
+    };
+    encode_request(request_id, LayerId(0), &rows, &[0], &[work], Duration::from_secs(10))
+}
+
+struct Gateway {
+    runtime: tokio::runtime::Runtime,
+    channel: Channel,
+    requests: Option<mpsc::Sender<v1::ExecuteRequest>>,
+    replies: Streaming<v1::ExecuteResponse>,
+}
+
+impl Gateway {
+    fn connect(worker: &Worker) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let address = format!("http://{}", worker.address());
+        let (requests, receiver) = mpsc::channel(64);
+        let (channel, replies) = runtime.block_on(async {
+            let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+            let mut client = ExpertServiceClient::new(channel.clone());
+            (
+                channel,
+                client
+                    .execute(ReceiverStream::new(receiver))
+                    .await
+                    .unwrap()
+                    .into_inner(),
+            )
+        });
+        Self {
+            runtime,
+            channel,
+            requests: Some(requests),
+            replies,
+        }
+    }
+
+    fn send(&self, request: v1::ExecuteRequest) {
+        self.runtime
+            .block_on(self.requests.as_ref().unwrap().send(request))
+            .unwrap();
+    }
+
+    fn receive(&mut self) -> Option<(u64, Result<PartialSums, ExecuteFailure>)> {
+        let reply = self.runtime.block_on(async {
+            tokio::time::timeout(Duration::from_secs(10), self.replies.message())
+                .await
+                .expect("an answer in time")
+        });
+        let reply = decode_response(&reply.unwrap()?, CombineMode::Exact, 1, HIDDEN).unwrap();
+        Some((reply.request_id, reply.outcome))
+    }
+
+    fn health(&self, service: &str) -> i32 {
+        let mut client = HealthClient::new(self.channel.clone());
+        let asked = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        self.runtime.block_on(client.check(asked)).unwrap().into_inner().status
+    }
+}
+
+fn sums() -> Result<PartialSums, ExecuteFailure> {
+    Ok(PartialSums::Exact {
+        hidden: HIDDEN,
+        sums: vec![1; HIDDEN],
+    })
+}
+
+#[test]
+fn bad_items_are_answered_and_the_stream_lives_on() {
+    let (worker, _gate) = worker(8);
+    let mut gateway = Gateway::connect(&worker);
+    gateway.send(v1::ExecuteRequest {
+        hidden: 99,
+        ..request(1, 0)
+    });
+    let (id, outcome) = gateway.receive().unwrap();
+    let Err(ExecuteFailure::Invalid { message }) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!((id, message.as_str()), (1, "hidden: wanted 2, found 99"));
+
+    gateway.send(request(2, PANICS));
+    let (id, outcome) = gateway.receive().unwrap();
+    let Err(ExecuteFailure::Internal { message }) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!((id, message.as_str()), (2, "panic: expert 1 burns"));
+
+    gateway.send(request(3, BAD_TERM));
+    let (id, outcome) = gateway.receive().unwrap();
+    let Err(ExecuteFailure::TermOutOfRange {
+        layer, expert, block, ..
+    }) = outcome
+    else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!((id, layer, expert, block), (3, LayerId(0), ExpertId(BAD_TERM), Some(0)));
+
+    gateway.send(request(4, 0));
+    assert_eq!(gateway.receive(), Some((4, sums())));
+}
+
+#[test]
+fn a_full_queue_is_said_to_be_full() {
+    let (worker, gate) = worker(1);
+    let mut gateway = Gateway::connect(&worker);
+    gateway.send(request(1, WAITS));
+    gate.await_one();
+    // The second is queued; whichever comes after it is refused, out of turn.
+    for id in 2..=4 {
+        gateway.send(request(id, WAITS));
+    }
+    for id in 3..=4 {
+        assert_eq!(gateway.receive(), Some((id, Err(ExecuteFailure::Overloaded))));
+    }
+    for id in 1..=2 {
+        gate.open();
+        assert_eq!(gateway.receive(), Some((id, sums())));
+    }
+}
+
+#[test]
+fn a_request_whose_deadline_passed_in_the_queue_is_not_computed() {
+    let (worker, gate) = worker(8);
+    let mut gateway = Gateway::connect(&worker);
+    gateway.send(request(1, WAITS));
+    gateway.send(v1::ExecuteRequest {
+        deadline_micros: 1,
+        ..request(2, PANICS)
+    });
+    gate.open();
+    assert_eq!(gateway.receive(), Some((1, sums())));
+    assert_eq!(gateway.receive(), Some((2, Err(ExecuteFailure::DeadlineExceeded))));
+}
+
+#[test]
+fn a_gateway_that_has_said_all_still_gets_its_answers() {
+    let (worker, gate) = worker(8);
+    let mut gateway = Gateway::connect(&worker);
+    gateway.send(request(1, WAITS));
+    gateway.send(request(2, 0));
+    gateway.requests = None;
+    gate.open();
+    assert_eq!(gateway.receive(), Some((1, sums())));
+    assert_eq!(gateway.receive(), Some((2, sums())));
+    assert_eq!(gateway.receive(), None);
+}
+
+#[test]
+fn work_of_a_gateway_that_is_gone_is_not_computed() {
+    let (worker, gate) = worker(8);
+    let gateway = Gateway::connect(&worker);
+    for id in 1..=5 {
+        gateway.send(request(id, WAITS));
+    }
+    gate.await_one();
+    drop(gateway);
+    let mut next = Gateway::connect(&worker);
+    // Answered by the thread that has seen the other connection end before it accepted this one.
+    next.send(v1::ExecuteRequest {
+        rows: 9,
+        ..request(1, 0)
+    });
+    assert!(matches!(next.receive(), Some((1, Err(ExecuteFailure::Invalid { .. })))));
+    next.send(request(2, 0));
+    gate.open();
+    // The gate opens once: had the other four been computed, they would have waited at it.
+    assert_eq!(next.receive(), Some((2, sums())));
+}
+
+#[test]
+fn a_drain_finishes_what_is_queued_and_refuses_the_rest() {
+    let (worker, gate) = worker(8);
+    let mut gateway = Gateway::connect(&worker);
+    assert_eq!((gateway.health(""), gateway.health("moerun.v1.ExpertService")), (1, 1));
+    gateway.send(request(1, WAITS));
+    gateway.send(request(2, 0));
+    gateway.send(v1::ExecuteRequest {
+        rows: 9,
+        ..request(3, 0)
+    });
+    // Answered out of turn, so the two before it have been queued.
+    assert!(matches!(
+        gateway.receive(),
+        Some((3, Err(ExecuteFailure::Invalid { .. })))
+    ));
+    worker.shutdown().drain();
+    gateway.send(request(4, 0));
+    assert_eq!(gateway.receive(), Some((4, Err(ExecuteFailure::Draining))));
+    assert_eq!((gateway.health(""), gateway.health("moerun.v1.ExpertService")), (2, 2));
+    gate.open();
+    assert_eq!(gateway.receive(), Some((1, sums())));
+    assert_eq!(gateway.receive(), Some((2, sums())));
+    assert_eq!(gateway.receive(), None);
+    let address = worker.address();
+    worker.wait().unwrap();
+    assert!(std::net::TcpStream::connect(address).is_err(), "the port is free again");
+}
+
+#[test]
+fn nothing_is_answered_before_the_experts_are_loaded() {
+    let listening = Listening::start(options(1), Shutdown::new()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let address = format!("http://{}", listening.address);
+        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+        let mut health = HealthClient::new(channel.clone());
+        let status = health
+            .check(HealthCheckRequest { service: String::new() })
+            .await
+            .unwrap();
+        assert_eq!(status.into_inner().status, 2);
+        let mut client = ExpertServiceClient::new(channel);
+        let asked = v1::HandshakeRequest {
+            protocol_version: PROTOCOL_VERSION,
+        };
+        assert_eq!(client.handshake(asked).await.unwrap_err().code(), Code::Unavailable);
+        let other = v1::HandshakeRequest { protocol_version: 2000 };
+        let refused = client.handshake(other).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert_eq!(refused.message(), "protocol version: wanted major of 1000, found 2000");
+    });
+}
+
+#[test]
+fn a_taken_address_is_named() {
+    let (worker, _gate) = worker(1);
+    let taken = ServeOptions {
+        listen: worker.address().to_string(),
+        ..options(1)
+    };
+    let error = Listening::start(taken, Shutdown::new()).err().unwrap();
+    assert!(
+        error
+            .to_string()
+            .starts_with(&format!("listen on {}: ", worker.address())),
+        "{error}"
+    );
+}
+
+fn golden(family: &str) -> std::path::PathBuf {
+    std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden")).join(family)
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_before_anything_is_loaded() {
+    let config = |family: &str, shard| WorkerConfig::new(golden(family), "127.0.0.1:0", shard);
+    let refused = |config: WorkerConfig| Worker::start(&config, Shutdown::new()).unwrap_err().to_string();
+    let dense = refused(config("llama", ShardSpec::All));
+    assert_eq!(dense, "the model has no experts, so no worker can hold any");
+    let no_threads = WorkerConfig {
+        threads: 0,
+        ..config("mixtral", ShardSpec::All)
+    };
+    assert_eq!(refused(no_threads), "threads: wanted at least 1, found 0");
+    let no_block = WorkerConfig {
+        combine_block: Some(0),
+        ..config("mixtral", ShardSpec::All)
+    };
+    assert_eq!(refused(no_block), "combine_block: wanted at least 1, found 0");
+    let beyond = refused(config("mixtral", ShardSpec::parse_experts("0:99").unwrap()));
+    assert!(beyond.contains("99"), "{beyond}");
+    let nowhere = refused(config("no-such-model", ShardSpec::All));
+    assert!(nowhere.contains("no-such-model"), "{nowhere}");
+}
+
+#[test]
+fn reflection_lists_what_is_served() {
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let (worker, _gate) = worker(1);
+    let gateway = Gateway::connect(&worker);
+    let asked = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut client = ServerReflectionClient::new(gateway.channel.clone());
+    let answer = gateway.runtime.block_on(async {
+        let asked = tokio_stream::iter([asked]);
+        client
+            .server_reflection_info(asked)
+            .await
+            .unwrap()
+            .into_inner()
+            .message()
+            .await
+            .unwrap()
+            .unwrap()
+    });
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}")
+    };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    assert_eq!(names, ["moerun.v1.ExpertService", "grpc.health.v1.Health"]);
+}

@@ -1,0 +1,233 @@
+//! The command line: what each command takes.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use moerun_types::NumberFormat;
+
+use crate::settings::ServingFlags;
+
+/// A distributed mixture-of-experts runtime: a gateway and expert workers, over gRPC, on plain CPUs
+#[derive(Debug, Parser)]
+#[command(name = "moerun", version, propagate_version = true, arg_required_else_help = true)]
+#[command(after_help = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage or settings; 130 stopped by a second signal.
+Environment: MOERUN_ISA=portable|avx2|avx512 forces a kernel variant, MOERUN_LOG=debug sets what is logged;
+MOERUN_MODEL, MOERUN_MAX_CONTEXT, … set what the flags of the same names set.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Commands of the binary.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model: a gateway with its experts in this process, or in worker processes that it starts
+    Serve(ServeArgs),
+    /// Serve a model with experts in workers that already run
+    Gateway(GatewayArgs),
+    /// Hold experts and run them for gateways
+    Worker(WorkerArgs),
+    /// Continue a prompt and stream the text to the terminal
+    Generate(GenerateArgs),
+    /// One forward pass over a batch of token ids: logits, and all that happens between, as safetensors
+    Forward(ForwardArgs),
+    /// Tell what a checkpoint is and what it needs
+    Inspect(InspectArgs),
+    /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
+    Synthesize(SynthesizeArgs),
+}
+
+/// `moerun serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Worker processes to start on loopback and stop with this one; 0 = experts in this process [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<usize>,
+
+    /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) grpc_addr: Option<String>,
+}
+
+/// `moerun gateway`.
+#[derive(Debug, Args)]
+pub(crate) struct GatewayArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Address of a worker; once for each
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) worker: Vec<String>,
+
+    /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) grpc_addr: Option<String>,
+}
+
+/// `moerun worker`.
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50061]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Option<String>,
+
+    /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert
+    #[arg(long, value_name = "SHARD", conflicts_with = "experts")]
+    pub(crate) shard: Option<String>,
+
+    /// Layers, experts and blocks, with ranges and *, as in 0-15:0-31,16-23:*,3:7:0-1
+    #[arg(long, value_name = "L:E[:S],…")]
+    pub(crate) experts: Option<String>,
+
+    /// Stop when standard input ends (for a parent that must not leave workers behind)
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_parent: bool,
+}
+
+/// `moerun generate`.
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_ids")]
+    pub(crate) prompt: Option<String>,
+
+    /// Token ids to continue, taken as they are
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', conflicts_with_all = ["prompt", "chat"])]
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+
+    /// The prompt is what a user says; the model's chat template makes a conversation of it
+    #[arg(long)]
+    pub(crate) chat: bool,
+
+    /// Most tokens to generate [default: the checkpoint's, or 256]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+
+    /// The text ends before this string; may be given several times
+    #[arg(long, value_name = "STR")]
+    pub(crate) stop: Vec<String>,
+
+    /// Go on after the model's own end-of-sequence tokens
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+
+    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    #[arg(long, value_name = "N", conflicts_with = "connect")]
+    pub(crate) workers: Option<usize>,
+
+    /// Ask a gateway that already runs, instead of loading a model
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) connect: Option<String>,
+
+    /// Print one JSON object instead of streaming text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How the next token is chosen; what is not given is taken from the checkpoint's generation_config.json.
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// 0 = always the likeliest token
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f32>,
+
+    /// Keep the K likeliest tokens; 0 = all
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+
+    /// Keep the likeliest tokens whose probabilities reach P
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) top_p: Option<f32>,
+
+    /// Keep tokens at least P times as likely as the likeliest
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) min_p: Option<f32>,
+
+    /// Above 1: make tokens that were already seen less likely
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f32>,
+
+    /// The same request with the same seed gives the same text [default: 0]
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+}
+
+/// `moerun forward`.
+#[derive(Debug, Args)]
+pub(crate) struct ForwardArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// safetensors with input_ids and, if rows are padded, attention_mask, both [batch, sequence]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) inputs: PathBuf,
+
+    /// safetensors to write: logits [batch, sequence, vocab]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+
+    /// Also write hidden_final, layer.{i}.output, and moe.{j}.input, .output, .router_logits, .topk_ids, .topk_weights
+    #[arg(long)]
+    pub(crate) capture: bool,
+
+    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<usize>,
+}
+
+/// `moerun inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Checkpoint directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `moerun synthesize`.
+#[derive(Debug, Args)]
+pub(crate) struct SynthesizeArgs {
+    /// Name of a real shape (--shape help lists them)
+    #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
+    pub(crate) shape: Option<String>,
+
+    /// A config.json of any supported family
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Directory to write; must not exist
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["list"])]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Cut the model to its first N layers
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<usize>,
+
+    /// The same seed gives the same weights
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Type of the tensors: f32 or bf16
+    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
+    pub(crate) weights: NumberFormat,
+
+    /// List the shapes
+    #[arg(long, exclusive = true)]
+    pub(crate) list: bool,
+}

@@ -1,0 +1,155 @@
+//! `moerun inspect`: what a checkpoint is, and what it needs.
+
+use std::io::{self, Write};
+
+use moerun_process::{LogFormat, init_telemetry};
+use moerun_types::{AttentionConfig, AttentionMask, FeedForwardKind, ModelConfig, NumberFormat, default_combine_block};
+use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
+use serde_json::{Value, json};
+
+use crate::{cli::InspectArgs, size::ByteSize};
+
+/// Number formats that experts can be held in.
+const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
+
+/// Runs the command.
+pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
+    init_telemetry(LogFormat::Text, "warn")?;
+    // Only the config and the headers are read, and either part may be absent: a gateway's copy can be inspected too.
+    let checkpoint = Checkpoint::open(&args.model, Needs::GatewayOnly)
+        .or_else(|error| Checkpoint::open(&args.model, Needs::ExpertsOnly).map_err(|_| error))?;
+    let mut stdout = io::stdout().lock();
+    if args.json {
+        writeln!(stdout, "{:#}", as_json(&checkpoint))?;
+    } else {
+        for (name, value) in as_lines(&checkpoint) {
+            writeln!(stdout, "{name:<22}{value}")?;
+        }
+    }
+    Ok(())
+}
+
+fn has_all_experts(checkpoint: &Checkpoint) -> bool {
+    checkpoint.config().moe.is_none() || checkpoint.expert_header_hash().is_some()
+}
+
+fn as_json(checkpoint: &Checkpoint) -> Value {
+    let config = checkpoint.config();
+    let parameters = ParameterCounts::of(config);
+    let memory: serde_json::Map<String, Value> = FORMATS
+        .iter()
+        .map(|&format| {
+            let need = MemoryNeed::of(config, format);
+            let need = json!({
+                "gateway_bytes": need.gateway_bytes,
+                "expert_bytes": need.expert_bytes,
+                "all_experts_bytes": need.all_experts_bytes,
+                "kv_bytes_per_token": need.kv_bytes_per_token,
+            });
+            (format.to_string(), need)
+        })
+        .collect();
+    json!({
+        "config": config,
+        "moe_layers": config.moe_layers(),
+        "default_format": checkpoint.default_format(),
+        "default_combine_block": config.moe.as_ref().map(|moe| default_combine_block(moe.intermediate)),
+        "parameters": {
+            "total": parameters.total,
+            "active": parameters.active,
+            "experts": parameters.experts,
+            "per_expert": parameters.per_expert,
+        },
+        "memory": memory,
+        "has_all_experts": has_all_experts(checkpoint),
+        "config_hash": checkpoint.config_hash(),
+    })
+}
+
+fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
+    let config = checkpoint.config();
+    let parameters = ParameterCounts::of(config);
+    let mut lines = vec![
+        ("family".to_owned(), serde_name(&config.family)),
+        (
+            "sizes".to_owned(),
+            format!(
+                "hidden {}, {} layers, vocabulary {}, context {}",
+                config.hidden,
+                config.layers.len(),
+                config.vocab_size,
+                config.max_position_embeddings
+            ),
+        ),
+        ("attention".to_owned(), attention(config)),
+    ];
+    if let Some(moe) = &config.moe {
+        let layers = config.moe_layers();
+        lines.push((
+            "experts".to_owned(),
+            format!("{} of width {} in {} layers, {} per token", moe.num_experts, moe.intermediate, layers.len(), moe.top_k),
+        ));
+        if let Some(shared) = &moe.shared {
+            let gated = if shared.sigmoid_gate { ", with a gate of its own" } else { "" };
+            lines.push(("shared experts".to_owned(), format!("width {}{gated}", shared.intermediate)));
+        }
+        lines.push(("gate".to_owned(), format!("{:?}", moe.gate)));
+    }
+    lines.push((
+        "parameters".to_owned(),
+        format!("{} in all, {} active per token", millions(parameters.total), millions(parameters.active)),
+    ));
+    lines.push(("stored as".to_owned(), format!("{} (default of --weights)", checkpoint.default_format())));
+    if !has_all_experts(checkpoint) {
+        lines.push(("expert tensors".to_owned(), "not all here: a gateway's copy".to_owned()));
+    }
+    for format in FORMATS {
+        let need = MemoryNeed::of(config, format);
+        let experts = match need.all_experts_bytes {
+            0 => String::new(),
+            all => format!("; workers {} ({} an expert)", ByteSize(all), ByteSize(need.expert_bytes)),
+        };
+        lines.push((
+            format!("memory in {format}"),
+            format!(
+                "gateway {}, and {} per token of context{experts}",
+                ByteSize(need.gateway_bytes),
+                ByteSize(need.kv_bytes_per_token)
+            ),
+        ));
+    }
+    lines.push(("config hash".to_owned(), checkpoint.config_hash()));
+    lines
+}
+
+fn serde_name(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn millions(count: u64) -> String {
+    match count {
+        0..10_000_000_000 => format!("{:.1} M", count as f64 / 1e6),
+        _ => format!("{:.2} B", count as f64 / 1e9),
+    }
+}
+
+fn attention(config: &ModelConfig) -> String {
+    let kind = match &config.attention {
+        AttentionConfig::Grouped(grouped) => {
+            format!("{} heads over {} key/value heads of {}", grouped.num_heads, grouped.num_kv_heads, grouped.head_dim)
+        }
+        AttentionConfig::Latent(latent) => {
+            format!("{} heads over a latent of {} + {}", latent.num_heads, latent.kv_lora_rank, latent.qk_rope_head_dim)
+        }
+    };
+    let windowed = config.layers.iter().filter(|layer| layer.mask != AttentionMask::Full).count();
+    let dense = config.layers.iter().filter(|layer| layer.feed_forward != FeedForwardKind::Moe).count();
+    let mut text = kind;
+    if windowed > 0 {
+        text.push_str(&format!("; {windowed} layers with windows or chunks"));
+    }
+    if dense > 0 && config.moe.is_some() {
+        text.push_str(&format!("; {dense} dense layers"));
+    }
+    text
+}

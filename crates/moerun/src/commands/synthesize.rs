@@ -1,0 +1,85 @@
+//! `moerun synthesize`: a random-weight checkpoint of a real shape.
+
+use std::{
+    io::{self, Write},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context, bail};
+use moerun_process::{LoadProgress, LogFormat, Shutdown, init_telemetry};
+use moerun_weights::{DEFAULT_SHARD_BYTES, SHAPES, Shape, SynthesizeRequest, synthesize};
+
+use crate::{cli::SynthesizeArgs, size::ByteSize};
+
+/// Runs the command.
+pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
+    init_telemetry(LogFormat::Text, "warn")?;
+    if args.list {
+        for shape in SHAPES {
+            writeln!(io::stdout(), "{}", shape.name)?;
+        }
+        return Ok(());
+    }
+    let config_json = match (&args.shape, &args.config) {
+        (Some(name), _) => shape(name)?.config_json.to_owned(),
+        (None, Some(path)) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
+        (None, None) => bail!("wanted --shape NAME or --config FILE"),
+    };
+    let out = args.out.as_deref().context("wanted --out DIR")?;
+    let interrupted = interrupted_by_signals()?;
+    let writing = Mutex::new(Some(LoadProgress::new(format!("{}", out.display()))));
+    let report = synthesize(&SynthesizeRequest {
+        config_json: &config_json,
+        layers: args.layers,
+        seed: args.seed,
+        dtype: args.weights,
+        out,
+        max_shard_bytes: DEFAULT_SHARD_BYTES,
+        progress: Some(&|progress| {
+            if let Ok(mut writing) = writing.lock()
+                && let Some(writing) = writing.as_mut()
+            {
+                writing.update(progress.written_bytes, progress.total_bytes);
+            }
+        }),
+        interrupted: Some(&interrupted),
+    })?;
+    if let Some(writing) = writing.into_inner().ok().flatten() {
+        writing.finish();
+    }
+    writeln!(
+        io::stdout(),
+        "{}: {} layers, {} tensors, {:.2} billion parameters, {} in {} file(s)",
+        report.dir.display(),
+        report.layers,
+        report.tensors,
+        report.parameters as f64 / 1e9,
+        ByteSize(report.weight_bytes),
+        report.shards,
+    )?;
+    Ok(())
+}
+
+fn shape(name: &str) -> anyhow::Result<&'static Shape> {
+    Shape::by_name(name).with_context(|| {
+        let known: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
+        format!("--shape: wanted one of {}, found {name:?}", known.join(", "))
+    })
+}
+
+/// Becomes true at the first signal, so that what was written is removed.
+fn interrupted_by_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let shutdown = Shutdown::on_signals().context("signals")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().build().context("async runtime")?;
+    let flag = Arc::clone(&interrupted);
+    thread::spawn(move || {
+        runtime.block_on(shutdown.draining());
+        flag.store(true, Ordering::Relaxed);
+    });
+    Ok(interrupted)
+}

@@ -1,0 +1,51 @@
+//! `moerun worker`: holds experts and runs them for gateways.
+
+use anyhow::Context;
+use moerun_process::{Shutdown, available_threads};
+use moerun_routing::ShardSpec;
+use moerun_worker::{Worker, WorkerConfig};
+
+use crate::{
+    cli::WorkerArgs,
+    settings::{RoleFlags, Settings},
+};
+
+/// Runs the command.
+pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<()> {
+    let role = RoleFlags {
+        listen: args.listen.clone(),
+        shard: args.shard.clone(),
+        experts: args.experts.clone(),
+        ..RoleFlags::default()
+    };
+    let mut settings = Settings::load(&args.serving, &role)?;
+    super::start_logging(&mut settings, "info")?;
+    let config = WorkerConfig {
+        weights: settings.weights,
+        combine: settings.combine,
+        combine_block: settings.combine_block,
+        threads: settings.threads.unwrap_or_else(available_threads),
+        max_queue: settings.max_queue,
+        ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)
+    };
+    let shutdown = Shutdown::on_signals().context("signals")?;
+    if args.exit_with_parent {
+        shutdown.drain_with_parent().context("standard input")?;
+    }
+    let worker = Worker::start(&config, shutdown)?;
+    super::print_ready(worker.address())?;
+    worker.wait()?;
+    Ok(())
+}
+
+/// What the worker is told to hold; everything if it is told nothing.
+fn shard(settings: &Settings) -> anyhow::Result<ShardSpec> {
+    Ok(match (&settings.shard, &settings.experts) {
+        (Some(shard), None) => ShardSpec::parse_shard(shard)?,
+        (None, Some(experts)) => ShardSpec::parse_experts(experts)?,
+        (None, None) => ShardSpec::All,
+        (Some(shard), Some(experts)) => {
+            anyhow::bail!("wanted shard or experts, found both: shard {shard:?}, experts {experts:?}")
+        }
+    })
+}

@@ -1,0 +1,16 @@
+//! `moerun`: one binary for gateway, expert workers and the tools around them. Wiring only.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod settings;
+mod size;
+mod stack;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    commands::run(cli::Cli::parse())
+}

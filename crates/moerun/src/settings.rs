@@ -1,0 +1,297 @@
+//! The settings of all serving commands: defaults < TOML file < environment < flags.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use figment::{
+    Figment,
+    providers::{Env, Format, Serialized, Toml},
+};
+use moerun_process::LogFormat;
+use moerun_types::{CombineMode, NumberFormat};
+use serde::{Deserialize, Serialize};
+
+use crate::size::ByteSize;
+
+/// Flags that every serving command takes. A flag that is not given leaves the word to the environment
+/// (`MOERUN_MAX_CONTEXT` for `--max-context`), then to the file given with `--config`, then to the default.
+#[derive(Debug, Clone, Default, Args, Serialize)]
+pub(crate) struct ServingFlags {
+    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json)
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<PathBuf>,
+
+    /// How weights are held: f32 or bf16 [default: the checkpoint's own type]
+    #[arg(long, value_name = "FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<NumberFormat>,
+
+    /// How partial sums of experts are added: exact (same bits for any number of workers) or fast [default: exact]
+    #[arg(long, value_name = "MODE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    combine: Option<CombineMode>,
+
+    /// Elements of an expert's intermediate dimension per block of the exact combine [default: 128, or 256 for wide
+    /// experts]; gateway and workers must agree
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    combine_block: Option<usize>,
+
+    /// Threads that compute [default: the machine's cores]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+
+    /// Memory for keys and values, as in 2GiB [default: room for 16 full contexts, at most a quarter of what is free]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_memory: Option<ByteSize>,
+
+    /// Longest sequence, prompt and answer together [default: what the checkpoint supports]
+    #[arg(long, value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_context: Option<usize>,
+
+    /// Most rows in one forward pass, prefill and decode together [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_batch_tokens: Option<usize>,
+
+    /// Most requests that wait to start; one more is refused [default: 256]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_queue: Option<usize>,
+
+    /// Name of the model in requests [default: the directory's name]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_name: Option<String>,
+
+    /// Log lines as text or json, on standard error [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log_format: Option<LogFormat>,
+
+    /// What is logged: error, warn, info, debug, trace, or a filter as in moerun_dispatch=debug; MOERUN_LOG goes before
+    /// it [default: info when serving, else warn]
+    #[arg(long, value_name = "LEVEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log_level: Option<String>,
+
+    /// TOML file with any of these settings, under the flags' names (max_context = 4096)
+    #[arg(long, value_name = "FILE", env = "MOERUN_CONFIG")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+}
+
+/// Settings that only some commands have as flags, given to [`Settings::load`] by those commands.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct RoleFlags {
+    /// Address of the gRPC door.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) grpc_addr: Option<String>,
+    /// Worker processes to start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) workers: Option<usize>,
+    /// Addresses of workers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) worker: Vec<String>,
+    /// Address a worker listens on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) listen: Option<String>,
+    /// Shard of a worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) shard: Option<String>,
+    /// Experts of a worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) experts: Option<String>,
+}
+
+/// Settings that make no sense: the command ends with the exit code of wrong usage.
+#[derive(Debug, thiserror::Error)]
+#[error("settings: {0}")]
+pub(crate) struct SettingsError(String);
+
+impl From<figment::Error> for SettingsError {
+    fn from(error: figment::Error) -> Self {
+        let lines: Vec<String> = error.into_iter().map(|error| error.to_string()).collect();
+        SettingsError(lines.join("; "))
+    }
+}
+
+/// All settings, resolved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settings {
+    /// Checkpoint directory.
+    pub(crate) model: Option<PathBuf>,
+    /// How weights are held; `None` = the checkpoint's own type.
+    pub(crate) weights: Option<NumberFormat>,
+    /// Exact or fast combine.
+    pub(crate) combine: CombineMode,
+    /// Block of the exact combine; `None` = by the experts' width.
+    pub(crate) combine_block: Option<usize>,
+    /// Threads that compute; `None` = all cores.
+    pub(crate) threads: Option<usize>,
+    /// Memory for keys and values; `None` = by the context and what is free.
+    pub(crate) kv_memory: Option<ByteSize>,
+    /// Longest sequence; `None` = the checkpoint's.
+    pub(crate) max_context: Option<usize>,
+    /// Most rows in one forward pass.
+    pub(crate) max_batch_tokens: usize,
+    /// Most requests that wait.
+    pub(crate) max_queue: usize,
+    /// Name of the model in requests; `None` = the directory's name.
+    pub(crate) served_name: Option<String>,
+    /// `text` or `json`.
+    pub(crate) log_format: LogFormat,
+    /// What is logged; `None` = by the command.
+    pub(crate) log_level: Option<String>,
+    /// Address of the gateway's gRPC door.
+    pub(crate) grpc_addr: String,
+    /// Worker processes to start.
+    pub(crate) workers: usize,
+    /// Addresses of workers.
+    pub(crate) worker: Vec<String>,
+    /// Address a worker listens on.
+    pub(crate) listen: String,
+    /// Shard of a worker.
+    pub(crate) shard: Option<String>,
+    /// Experts of a worker.
+    pub(crate) experts: Option<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            model: None,
+            weights: None,
+            combine: CombineMode::Exact,
+            combine_block: None,
+            threads: None,
+            kv_memory: None,
+            max_context: None,
+            max_batch_tokens: 512,
+            max_queue: 256,
+            served_name: None,
+            log_format: LogFormat::Text,
+            log_level: None,
+            grpc_addr: "127.0.0.1:50051".to_owned(),
+            workers: 0,
+            worker: Vec::new(),
+            listen: "127.0.0.1:50061".to_owned(),
+            shard: None,
+            experts: None,
+        }
+    }
+}
+
+/// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, `MOERUN_LOG`, …) are no settings.
+const ENVIRONMENT_KEYS: [&str; 18] = [
+    "model",
+    "weights",
+    "combine",
+    "combine_block",
+    "threads",
+    "kv_memory",
+    "max_context",
+    "max_batch_tokens",
+    "max_queue",
+    "served_name",
+    "log_format",
+    "log_level",
+    "grpc_addr",
+    "workers",
+    "worker",
+    "listen",
+    "shard",
+    "experts",
+];
+
+impl Settings {
+    /// Merges defaults, file, environment and flags, and checks what can be checked without the checkpoint.
+    pub(crate) fn load(flags: &ServingFlags, role: &RoleFlags) -> Result<Self, SettingsError> {
+        let mut figment = Figment::from(Serialized::defaults(Settings::default()));
+        if let Some(path) = &flags.config {
+            if !path.is_file() {
+                return Err(SettingsError(format!("--config {}: no such file", path.display())));
+            }
+            figment = figment.merge(Toml::file_exact(path));
+        }
+        let settings: Settings = figment
+            .merge(Env::prefixed("MOERUN_").only(&ENVIRONMENT_KEYS))
+            .merge(Serialized::defaults(flags))
+            .merge(Serialized::defaults(role))
+            .extract()?;
+        settings.check().map_err(SettingsError)?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let bounded = [
+            ("threads", self.threads, 1, 1024),
+            ("workers", Some(self.workers), 0, 64),
+            ("max_context", self.max_context, 1, u32::MAX as usize),
+            ("combine_block", self.combine_block, 8, 1 << 20),
+            ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),
+            ("max_queue", Some(self.max_queue), 1, 1 << 20),
+        ];
+        for (name, value, least, most) in bounded {
+            if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
+                return Err(format!("{name}: wanted {least} to {most}, found {value}"));
+            }
+        }
+        match self.combine_block {
+            Some(block) if block % 8 != 0 => Err(format!("combine_block: wanted a multiple of 8, found {block}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// The checkpoint directory, which every serving command needs.
+    pub(crate) fn model_dir(&self) -> Result<&PathBuf, SettingsError> {
+        let none = "no checkpoint given: wanted --model DIR, MOERUN_MODEL or model = \"DIR\" in --config";
+        self.model.as_ref().ok_or_else(|| SettingsError(none.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "max_context = 64\nmax_queue = 7\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]").unwrap();
+        let flags = ServingFlags {
+            max_context: Some(32),
+            config: Some(file.path().to_owned()),
+            ..ServingFlags::default()
+        };
+        let settings = Settings::load(&flags, &RoleFlags::default()).unwrap();
+        assert_eq!(settings.max_context, Some(32));
+        assert_eq!(settings.max_queue, 7);
+        assert_eq!(settings.kv_memory, Some(ByteSize(3 << 20)));
+        assert_eq!(settings.worker, ["a:1"]);
+        assert_eq!(settings.max_batch_tokens, 512);
+    }
+
+    #[test]
+    fn an_unknown_key_or_a_wrong_value_is_refused_by_name() {
+        for (text, word) in [
+            ("max_contxt = 64", "max_contxt"),
+            ("max_queue = 0", "max_queue"),
+            ("weights = \"f64\"", "weights"),
+            ("combine_block = 12", "combine_block"),
+            ("kv_memory = \"lots\"", "kv_memory"),
+        ] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            writeln!(file, "{text}").unwrap();
+            let flags = ServingFlags { config: Some(file.path().to_owned()), ..ServingFlags::default() };
+            let error = Settings::load(&flags, &RoleFlags::default()).expect_err(text);
+            assert!(format!("{error:#}").contains(word), "{text}: {error:#}");
+        }
+    }
+}

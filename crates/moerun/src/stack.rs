@@ -1,0 +1,279 @@
+//! Building the parts of a gateway, bottom up: checkpoint, memory, pool, model, experts, engine, text.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use moerun_dispatch::{
+    ExpertBackend, LocalExperts, LocalWorkers, LocalWorkersConfig, RemoteConfig, RemoteExperts, local_shards,
+};
+use moerun_engine::{Engine, EngineConfig};
+use moerun_gateway::{Gateway, GatewayParts, TextCodec};
+use moerun_kernels::{CpuPool, flush_denormals};
+use moerun_model::{ExpertBank, Model};
+use moerun_process::{LoadProgress, available_threads, threads_per_worker};
+use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
+use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
+
+use crate::{settings::Settings, size::ByteSize};
+
+/// How long worker processes that we start may take to load, and workers elsewhere to come up.
+const START_UP_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How long worker processes that we started may take to end before they are killed.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Contexts that the KV cache has room for unless told otherwise, memory permitting.
+const DEFAULT_CONTEXTS: u64 = 16;
+
+/// A model and its experts, ready for forward passes. Fields are dropped in order: the backend lets go of its workers
+/// before they are stopped.
+pub(crate) struct Experts {
+    /// Everything but the experts.
+    pub(crate) model: Arc<Model>,
+    /// The experts, wherever they are.
+    pub(crate) backend: Arc<dyn ExpertBackend>,
+    /// Computes.
+    pub(crate) pool: Arc<CpuPool>,
+    checkpoint: Arc<Checkpoint>,
+    numerics: Numerics,
+    kv_memory_bytes: u64,
+    max_context: usize,
+    _workers: Option<LocalWorkers>,
+}
+
+/// Where the experts are.
+enum Place {
+    Here,
+    /// In processes that this one starts.
+    Local(usize),
+    /// In workers that already run.
+    Remote(Vec<String>),
+}
+
+impl Experts {
+    /// Loads the model and its experts: in this process, or in `settings.workers` processes that it starts.
+    pub(crate) fn start(settings: &Settings) -> anyhow::Result<Self> {
+        let place = if settings.workers == 0 { Place::Here } else { Place::Local(settings.workers) };
+        Self::start_at(settings, place)
+    }
+
+    /// Loads the model and connects to the workers named in `settings.worker`.
+    pub(crate) fn connect(settings: &Settings) -> anyhow::Result<Self> {
+        Self::start_at(settings, Place::Remote(settings.worker.clone()))
+    }
+
+    fn start_at(settings: &Settings, place: Place) -> anyhow::Result<Self> {
+        let dir = settings.model_dir()?;
+        let needs = if matches!(place, Place::Remote(_)) { Needs::GatewayOnly } else { Needs::All };
+        let checkpoint = Arc::new(Checkpoint::open(dir, needs)?);
+        let config = checkpoint.config();
+        let place = match place {
+            Place::Local(_) if config.moe.is_none() => {
+                tracing::warn!("a dense model has no experts: no worker process is started");
+                Place::Here
+            }
+            Place::Remote(_) if config.moe.is_none() => bail!("{}: a dense model has no experts", dir.display()),
+            Place::Remote(workers) if workers.is_empty() => bail!("no workers given: wanted --worker ADDR at least once"),
+            place => place,
+        };
+        let numerics = numerics(settings, &checkpoint);
+        let max_context = max_context(settings, config)?;
+        let experts_on_this_machine = !matches!(place, Place::Remote(_));
+        let kv_memory_bytes = reckon_memory(settings, config, numerics.format, max_context, experts_on_this_machine)?;
+
+        let workers = match &place {
+            Place::Local(count) => Some(start_workers(settings, dir, config, numerics, *count)?),
+            Place::Here | Place::Remote(_) => None,
+        };
+        flush_denormals(); // norms and gates run on this thread where a command drives the model itself
+        let pool = Arc::new(CpuPool::new(settings.threads.unwrap_or_else(available_threads)));
+        let mut loading = LoadProgress::new("the gateway's tensors");
+        let model = Model::load(&checkpoint, numerics.format, &mut |done, total| loading.update(done, total))?;
+        loading.finish();
+        let backend: Arc<dyn ExpertBackend> = match place {
+            Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
+            Place::Local(_) | Place::Remote(_) => {
+                let addresses = match (&workers, place) {
+                    (Some(workers), _) => workers.addresses().to_vec(),
+                    (None, Place::Remote(addresses)) => addresses,
+                    (None, _) => Vec::new(),
+                };
+                let remote = RemoteConfig { startup_timeout: START_UP_TIMEOUT, ..RemoteConfig::new(addresses) };
+                Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
+            }
+        };
+        Ok(Experts {
+            model: Arc::new(model),
+            backend,
+            pool,
+            checkpoint,
+            numerics,
+            kv_memory_bytes,
+            max_context,
+            _workers: workers,
+        })
+    }
+}
+
+/// A gateway with its engine. Fields are dropped in order: the engine before the experts it waits for.
+pub(crate) struct Serving {
+    /// Text in, text out.
+    pub(crate) gateway: Arc<Gateway>,
+    _engine: Engine,
+    _experts: Experts,
+}
+
+impl Serving {
+    /// Starts the engine on loaded experts, and reads the tokenizer.
+    pub(crate) fn start(settings: &Settings, experts: Experts) -> anyhow::Result<Self> {
+        let dir = settings.model_dir()?;
+        let codec = TextCodec::load(dir)?;
+        let engine_config = EngineConfig {
+            kv_memory_bytes: experts.kv_memory_bytes,
+            max_context: experts.max_context,
+            max_batch_tokens: settings.max_batch_tokens,
+            max_queue: settings.max_queue,
+        };
+        let engine = Engine::start(
+            Arc::clone(&experts.model),
+            Arc::clone(&experts.backend),
+            Arc::clone(&experts.pool),
+            engine_config,
+        )?;
+        let gateway = Gateway::new(GatewayParts {
+            engine: engine.handle(),
+            codec,
+            config: experts.checkpoint.config().clone(),
+            generation: experts.checkpoint.generation_config().clone(),
+            numerics: experts.numerics,
+            config_hash: experts.checkpoint.config_hash(),
+            served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
+            max_context: experts.max_context,
+        });
+        Ok(Serving { gateway: Arc::new(gateway), _engine: engine, _experts: experts })
+    }
+}
+
+fn directory_name(dir: &Path) -> String {
+    let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    absolute.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// What gateway and workers must agree on.
+fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Numerics {
+    let intermediate = checkpoint.config().moe.as_ref().map_or(0, |moe| moe.intermediate);
+    Numerics {
+        format: settings.weights.unwrap_or_else(|| checkpoint.default_format()),
+        combine: settings.combine,
+        combine_block: settings.combine_block.unwrap_or_else(|| default_combine_block(intermediate)),
+    }
+}
+
+fn max_context(settings: &Settings, config: &ModelConfig) -> anyhow::Result<usize> {
+    let supported = config.max_position_embeddings;
+    match settings.max_context {
+        Some(wanted) if wanted > supported => {
+            bail!("max_context: wanted at most the {supported} positions that the checkpoint supports, found {wanted}")
+        }
+        Some(wanted) => Ok(wanted),
+        None => Ok(supported),
+    }
+}
+
+/// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them.
+fn reckon_memory(
+    settings: &Settings,
+    config: &ModelConfig,
+    format: NumberFormat,
+    max_context: usize,
+    experts_on_this_machine: bool,
+) -> anyhow::Result<u64> {
+    let need = MemoryNeed::of(config, format);
+    let experts = if experts_on_this_machine { need.all_experts_bytes } else { 0 };
+    let weights = need.gateway_bytes.saturating_add(experts);
+    let available = available_memory_bytes();
+    let free = available.map_or(u64::MAX, |available| available.saturating_sub(weights));
+    let kv = match settings.kv_memory {
+        Some(ByteSize(bytes)) => bytes,
+        None => {
+            let context = need.kv_bytes_per_token.saturating_mul(max_context as u64);
+            // At least one page, so that the error below speaks of weights and not of an empty cache.
+            context.saturating_mul(DEFAULT_CONTEXTS).min(free / 4).max(need.kv_bytes_per_token.saturating_mul(16))
+        }
+    };
+    match available {
+        Some(available) if weights.saturating_add(kv) > available => bail!(
+            "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {format} + {} for keys \
+             and values = {}, but {} are available",
+            ByteSize(need.gateway_bytes),
+            ByteSize(experts),
+            ByteSize(kv),
+            ByteSize(weights.saturating_add(kv)),
+            ByteSize(available),
+        ),
+        _ => Ok(kv),
+    }
+}
+
+/// All experts, whole, in this process; a dense model has none.
+fn load_bank(checkpoint: &Checkpoint, numerics: Numerics) -> anyhow::Result<Arc<ExpertBank>> {
+    let config = checkpoint.config();
+    let mut slices = Vec::new();
+    if let Some(moe) = &config.moe {
+        let end = u16::try_from(numerics.num_blocks(moe.intermediate)).context("too many combine blocks")?;
+        for layer in config.moe_layers() {
+            for expert in 0..u16::try_from(moe.num_experts).context("too many experts")? {
+                slices.push(ExpertSlice { layer, expert: ExpertId(expert), blocks: BlockRange { first: 0, end } });
+            }
+        }
+    }
+    let mut loading = LoadProgress::new("experts");
+    let bank = ExpertBank::load(checkpoint, &slices, numerics, &mut |done, total| loading.update(done, total))?;
+    loading.finish();
+    Ok(Arc::new(bank))
+}
+
+/// Starts `count` workers of this binary on loopback and waits until they are ready.
+fn start_workers(
+    settings: &Settings,
+    dir: &Path,
+    config: &ModelConfig,
+    numerics: Numerics,
+    count: usize,
+) -> anyhow::Result<LocalWorkers> {
+    let intermediate = config.moe.as_ref().map_or(0, |moe| moe.intermediate);
+    let threads = threads_per_worker(settings.threads.unwrap_or_else(available_threads), count);
+    let common: Vec<String> = [
+        "worker",
+        "--exit-with-parent",
+        "--listen",
+        "127.0.0.1:0",
+        "--model",
+        dir.to_str().with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
+        "--weights",
+        &numerics.format.to_string(),
+        "--combine",
+        &numerics.combine.to_string(),
+        "--combine-block",
+        &numerics.combine_block.to_string(),
+        "--threads",
+        &threads.to_string(),
+        "--log-format",
+        &settings.log_format.to_string(),
+        "--log-level",
+        settings.log_level.as_deref().unwrap_or("info"),
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let arguments = local_shards(numerics.num_blocks(intermediate), count)
+        .iter()
+        .map(|shard| [common.clone(), vec!["--shard".to_owned(), shard.to_string()]].concat())
+        .collect();
+    let workers = LocalWorkersConfig {
+        program: std::env::current_exe().context("the path of this binary")?,
+        arguments,
+        ready_timeout: START_UP_TIMEOUT,
+        stop_grace: STOP_GRACE,
+    };
+    Ok(LocalWorkers::start(workers)?)
+}

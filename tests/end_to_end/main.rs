@@ -1,0 +1,9 @@
+//! End-to-end tests: real processes, real checkpoints, real clients.
+
+mod cluster;
+mod command_line;
+mod malformed;
+mod parity;
+mod service;
+mod sizes;
+mod tools;

@@ -1,0 +1,9 @@
+//! Harness of the end-to-end tests: the `moerun` binary as its users run it, in processes of its own.
+
+mod golden;
+mod process;
+mod python;
+
+pub use golden::{Golden, assert_close, decoder_families, dense_families, golden_dir, moe_families, read_tensors};
+pub use process::{Finished, Server, free_port, moerun, run, run_for};
+pub use python::run_client;

@@ -1,0 +1,214 @@
+//! Starting `moerun`, waiting for it, and never leaving a process behind.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{OnceLock, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How long a command of a test may take before it is killed.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The binary under test, built once per run in the profile of the tests themselves.
+pub fn moerun() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let tests = std::env::current_exe().expect("a test has a path");
+        let profile_dir = tests.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--workspace", "--bin", "moerun"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if profile_dir.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.status().expect("cargo starts").success(), "the binary does not build");
+        profile_dir.join("moerun")
+    })
+}
+
+/// What a command left.
+#[derive(Debug)]
+pub struct Finished {
+    /// Exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Standard output of a command that must have succeeded.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, Some(0), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// Standard error of a command that must have failed with `code`, and must not have panicked.
+    #[track_caller]
+    pub fn failed(self, code: i32) -> String {
+        assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        self.stderr
+    }
+}
+
+/// Runs `moerun` with `args` to its end.
+pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Finished {
+    run_for(args, COMMAND_TIMEOUT)
+}
+
+/// Runs `moerun` with `args` to its end, or kills it (and the test) after `timeout`.
+pub fn run_for<S: AsRef<std::ffi::OsStr>>(args: &[S], timeout: Duration) -> Finished {
+    let mut child = Command::new(moerun())
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let stdout = collect(child.stdout.take().expect("piped"));
+    let stderr = collect(child.stderr.take().expect("piped"));
+    let deadline = Instant::now() + timeout;
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a child of ours") {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            let shown: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy().into_owned()).collect();
+            panic!("moerun {} did not end within {timeout:?}: {}", shown.join(" "), join(stderr));
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    Finished { code: status.code(), stdout: join(stdout), stderr: join(stderr) }
+}
+
+fn collect(mut stream: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+fn join(thread: thread::JoinHandle<Vec<u8>>) -> String {
+    String::from_utf8_lossy(&thread.join().expect("reading does not panic")).into_owned()
+}
+
+/// A serving `moerun` process; killed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    /// Kept open: a process started with `--exit-with-parent` would end without it.
+    _stdin: ChildStdin,
+    /// The address of its `ready grpc=…` line.
+    pub addr: String,
+    stderr: mpsc::Receiver<String>,
+}
+
+impl Server {
+    /// Starts `moerun` with `args` and waits for its ready line.
+    #[track_caller]
+    pub fn start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Server {
+        match Server::try_start(args) {
+            Ok(server) => server,
+            Err(finished) => panic!("no ready line, exit code {:?}: {}", finished.code, finished.stderr),
+        }
+    }
+
+    /// Starts `moerun` with `args`; if it ends without a ready line, says what it left.
+    pub fn try_start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Result<Server, Finished> {
+        let mut child = Command::new(moerun())
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let stdin = child.stdin.take().expect("piped");
+        let stdout = lines(child.stdout.take().expect("piped"));
+        let stderr = lines(child.stderr.take().expect("piped"));
+        let first = stdout.recv_timeout(COMMAND_TIMEOUT);
+        match first.ok().as_deref().and_then(|line| line.strip_prefix("ready grpc=")) {
+            Some(addr) => Ok(Server { child, _stdin: stdin, addr: addr.trim().to_owned(), stderr }),
+            None => {
+                let deadline = Instant::now() + Duration::from_secs(5);
+                let mut status = None;
+                while status.is_none() && Instant::now() < deadline {
+                    status = child.try_wait().expect("a child of ours");
+                    thread::sleep(Duration::from_millis(5));
+                }
+                let _ = child.kill();
+                let _ = child.wait();
+                let stderr = stderr.iter().collect::<Vec<_>>().join("\n");
+                Err(Finished { code: status.and_then(|status| status.code()), stdout: String::new(), stderr })
+            }
+        }
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills the process as `kill -9` does, and reaps it.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        let sent = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(sent.expect("kill starts").success());
+    }
+
+    /// Waits for the process to end by itself.
+    #[track_caller]
+    pub fn wait(&mut self, timeout: Duration) -> Option<i32> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child of ours") {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "the process did not end within {timeout:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Log lines so far.
+    pub fn log(&self) -> String {
+        self.stderr.try_iter().collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            eprintln!("log of the server at {}:\n{}", self.addr, self.log());
+        }
+    }
+}
+
+fn lines(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+/// A loopback port that was free a moment ago, for addresses nobody must be listening on.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("loopback").port()
+}
