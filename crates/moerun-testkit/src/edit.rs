@@ -45,7 +45,9 @@ pub fn copy_perturbed(from: &Path, to: &Path, tensor: &str) -> Result<(), Testki
 
 /// Whether a tensor belongs to a routed expert, by the names of all families.
 pub fn is_expert_tensor(name: &str) -> bool {
-    [".experts.", ".input_linear.", ".output_linear."].iter().any(|part| name.contains(part))
+    [".experts.", ".input_linear.", ".output_linear."]
+        .iter()
+        .any(|part| name.contains(part))
 }
 
 /// Rewrites every weight file of a directory with what `edit` makes of its tensors, and the index to match.
@@ -95,8 +97,10 @@ pub fn perturb_tensor(dir: &Path, name: &str, amount: f64) -> Result<(), Testkit
 pub fn edit_json(dir: &Path, file: &str, edit: impl FnOnce(&mut Value)) -> Result<(), TestkitError> {
     let path = dir.join(file);
     let text = fs::read_to_string(&path).map_err(TestkitError::io(&path))?;
-    let mut value: Value =
-        serde_json::from_str(&text).map_err(|source| TestkitError::Json { path: path.clone(), source })?;
+    let mut value: Value = serde_json::from_str(&text).map_err(|source| TestkitError::Json {
+        path: path.clone(),
+        source,
+    })?;
     edit(&mut value);
     fs::write(&path, format!("{value:#}\n")).map_err(TestkitError::io(&path))
 }

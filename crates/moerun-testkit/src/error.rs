@@ -79,6 +79,9 @@ pub enum TestkitError {
 impl TestkitError {
     /// Names the file that an I/O error is about; for `map_err`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| TestkitError::Io { path: path.to_path_buf(), source }
+        move |source| TestkitError::Io {
+            path: path.to_path_buf(),
+            source,
+        }
     }
 }

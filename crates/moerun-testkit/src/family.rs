@@ -83,7 +83,9 @@ impl Family {
 
     /// The family with this `model_type`.
     pub fn from_model_type(model_type: &str) -> Option<Self> {
-        ALL_FAMILIES.into_iter().find(|family| family.model_type() == model_type)
+        ALL_FAMILIES
+            .into_iter()
+            .find(|family| family.model_type() == model_type)
     }
 
     /// Whether the family has experts.

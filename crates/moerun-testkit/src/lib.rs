@@ -19,8 +19,8 @@ pub use edit::{
 };
 pub use error::TestkitError;
 pub use family::{ALL_FAMILIES, Family, golden_dir};
+pub use lies::{LIE_PROMPT, Lie, Stage, lies};
 pub use naive::{NaiveForward, NaiveModel, NaiveMoeBlock};
 pub use number::{Element, decode, encode};
-pub use lies::{Lie, Stage, lies};
 pub use raw_file::{RawFile, RawTensor};
 pub use tiny::{LatentSizes, Spelling, Storage, TinyCheckpoint, TinyRope};

@@ -13,11 +13,16 @@ use crate::{Family, TestkitError, copy_checkpoint, golden_dir};
 /// When a lie must be found out at the latest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// When the directory is opened, whoever opens it for everything: `inspect`, `forward`, `serve`, `generate`.
+    /// When the directory is opened by someone who needs all of it: `forward`, `serve`, `generate`.
     Weights,
-    /// When a process that handles text starts: `serve`, `gateway`, `generate`.
+    /// When the text [`LIE_PROMPT`] is to be continued: `generate --prompt`.
     Text,
+    /// When a conversation that says [`LIE_PROMPT`] is: `generate --chat`.
+    Chat,
 }
+
+/// The prompt on which lies about text show.
+pub const LIE_PROMPT: &str = "x";
 
 /// One way in which a checkpoint can be wrong.
 #[derive(Clone, Copy)]
@@ -49,7 +54,11 @@ impl Lie {
     /// The words that an error message lacks.
     pub fn missing_words(&self, message: &str) -> Vec<&'static str> {
         let message = message.to_lowercase();
-        self.words.iter().copied().filter(|word| !message.contains(&word.to_lowercase())).collect()
+        self.words
+            .iter()
+            .copied()
+            .filter(|word| !message.contains(&word.to_lowercase()))
+            .collect()
     }
 }
 

@@ -67,7 +67,11 @@ pub struct NaiveMoeBlock {
 impl NaiveForward {
     /// The safest distance that every routing decision kept; infinite for a dense model.
     pub fn routing_margin(&self) -> f64 {
-        self.moe.iter().flat_map(|block| &block.margins).copied().fold(f64::INFINITY, f64::min)
+        self.moe
+            .iter()
+            .flat_map(|block| &block.margins)
+            .copied()
+            .fold(f64::INFINITY, f64::min)
     }
 
     /// The likeliest token after the last one, the lower id of equals; `None` after an empty prompt.
@@ -77,7 +81,9 @@ impl NaiveForward {
 
     /// Distance between the two largest logits of the last token.
     pub fn greedy_margin(&self) -> f64 {
-        let Some(row) = self.logits.last() else { return f64::INFINITY };
+        let Some(row) = self.logits.last() else {
+            return f64::INFINITY;
+        };
         let mut sorted = row.clone();
         sorted.sort_by(|a, b| b.total_cmp(a));
         match sorted[..] {
@@ -137,7 +143,12 @@ impl NaiveModel {
         }
         let hidden_final = self.norm("model.norm", &hidden)?;
         let logits = self.head(&hidden_final)?;
-        Ok(NaiveForward { logits, hidden_final, layer_outputs, moe })
+        Ok(NaiveForward {
+            logits,
+            hidden_final,
+            layer_outputs,
+            moe,
+        })
     }
 
     /// The `num_tokens` likeliest next tokens one by one, end-of-sequence ids included and not stopped at; of equal
@@ -160,7 +171,10 @@ impl NaiveModel {
         ids.iter()
             .map(|&id| match table.rows().nth(id as usize) {
                 Some(row) => Ok(row.iter().map(|value| value * multiplier).collect()),
-                None => Err(TestkitError::Unknown { what: "token id", name: id.to_string() }),
+                None => Err(TestkitError::Unknown {
+                    what: "token id",
+                    name: id.to_string(),
+                }),
             })
             .collect()
     }
@@ -197,7 +211,11 @@ impl NaiveModel {
     fn head(&self, hidden_final: &Rows) -> Result<Rows, TestkitError> {
         let vocab = self.config.size("vocab_size")?;
         let tied = self.config.flag_or("tie_word_embeddings", false)?;
-        let name = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let name = if tied {
+            "model.embed_tokens.weight"
+        } else {
+            "lm_head.weight"
+        };
         let weight = self.weights.matrix(name, vocab, self.config.size("hidden_size")?)?;
         let bias = match self.config.flag_or("lm_head_bias", false)? {
             true => Some(self.weights.vector("lm_head.bias", vocab)?),

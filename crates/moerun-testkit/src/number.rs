@@ -56,11 +56,24 @@ impl Element {
 /// Reads little-endian elements as f64; bytes that do not fill an element are ignored.
 pub fn decode(element: Element, bytes: &[u8]) -> Vec<f64> {
     match element {
-        Element::F32 => {
-            bytes.as_chunks::<4>().0.iter().map(|&chunk| f64::from(f32::from_le_bytes(chunk))).collect()
-        }
-        Element::F16 => bytes.as_chunks::<2>().0.iter().map(|&chunk| f16::from_le_bytes(chunk).to_f64()).collect(),
-        Element::Bf16 => bytes.as_chunks::<2>().0.iter().map(|&chunk| bf16::from_le_bytes(chunk).to_f64()).collect(),
+        Element::F32 => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|&chunk| f64::from(f32::from_le_bytes(chunk)))
+            .collect(),
+        Element::F16 => bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|&chunk| f16::from_le_bytes(chunk).to_f64())
+            .collect(),
+        Element::Bf16 => bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|&chunk| bf16::from_le_bytes(chunk).to_f64())
+            .collect(),
         Element::F8E4M3 => bytes.iter().map(|&byte| f8_e4m3_to_f64(byte)).collect(),
         Element::U8 => bytes.iter().map(|&byte| f64::from(byte)).collect(),
     }
@@ -70,8 +83,14 @@ pub fn decode(element: Element, bytes: &[u8]) -> Vec<f64> {
 pub fn encode(element: Element, values: &[f64]) -> Vec<u8> {
     match element {
         Element::F32 => values.iter().flat_map(|&value| (value as f32).to_le_bytes()).collect(),
-        Element::F16 => values.iter().flat_map(|&value| f16::from_f64(value).to_le_bytes()).collect(),
-        Element::Bf16 => values.iter().flat_map(|&value| bf16::from_f64(value).to_le_bytes()).collect(),
+        Element::F16 => values
+            .iter()
+            .flat_map(|&value| f16::from_f64(value).to_le_bytes())
+            .collect(),
+        Element::Bf16 => values
+            .iter()
+            .flat_map(|&value| bf16::from_f64(value).to_le_bytes())
+            .collect(),
         Element::F8E4M3 => values.iter().map(|&value| f64_to_f8_e4m3(value)).collect(),
         Element::U8 => values.iter().map(|&value| value as u8).collect(),
     }
@@ -101,8 +120,9 @@ fn f64_to_f8_e4m3(value: f64) -> u8 {
 }
 
 /// The sixteen values of a 4-bit float with 2 exponent bits and 1 mantissa bit, by code.
-pub(crate) const FP4_E2M1: [f64; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub(crate) const FP4_E2M1: [f64; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
 
 #[cfg(test)]
 mod tests {

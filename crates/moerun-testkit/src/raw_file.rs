@@ -42,8 +42,10 @@ impl RawFile {
     /// Reads a well-formed file.
     pub fn read(path: &Path) -> Result<Self, TestkitError> {
         let bytes = fs::read(path).map_err(TestkitError::io(path))?;
-        let views = safetensors::SafeTensors::deserialize(&bytes)
-            .map_err(|source| TestkitError::Safetensors { path: path.to_path_buf(), source })?;
+        let views = safetensors::SafeTensors::deserialize(&bytes).map_err(|source| TestkitError::Safetensors {
+            path: path.to_path_buf(),
+            source,
+        })?;
         let mut tensors: Vec<RawTensor> = views
             .iter()
             .map(|(name, view)| RawTensor {

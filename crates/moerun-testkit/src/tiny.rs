@@ -136,7 +136,13 @@ impl TinyCheckpoint {
             heads: 6,
             kv_heads: 2,
             head_dim: 6,
-            latent: LatentSizes { q_rank: Some(14), kv_rank: 10, nope: 6, rope: 4, value: 7 },
+            latent: LatentSizes {
+                q_rank: Some(14),
+                kv_rank: 10,
+                nope: 6,
+                rope: 4,
+                value: 7,
+            },
             dense_intermediate: 44,
             expert_intermediate: 20,
             experts: 6,
@@ -190,7 +196,11 @@ impl TinyCheckpoint {
                 return Ok(seed);
             }
         }
-        Err(TestkitError::NoSafeSeed { first: self.seed, tries: TRIES, margin: routing_margin })
+        Err(TestkitError::NoSafeSeed {
+            first: self.seed,
+            tries: TRIES,
+            margin: routing_margin,
+        })
     }
 
     /// Whether layer `layer` has experts.
@@ -199,12 +209,7 @@ impl TinyCheckpoint {
     }
 }
 
-fn is_safe(
-    model: &NaiveModel,
-    prompts: &[Vec<u32>],
-    greedy_tokens: usize,
-    margin: f64,
-) -> Result<bool, TestkitError> {
+fn is_safe(model: &NaiveModel, prompts: &[Vec<u32>], greedy_tokens: usize, margin: f64) -> Result<bool, TestkitError> {
     for prompt in prompts {
         let mut ids = prompt.clone();
         for step in 0..=greedy_tokens {

@@ -1,15 +1,23 @@
 //! Every lie can be told, has its own name, and changes the checkpoint.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, ffi::OsString, fs, path::Path};
 
 use moerun_testkit::{copy_checkpoint, golden_dir, lies};
 
-/// Names and contents of all files of a directory; a directory in it has no contents.
-fn contents(dir: &Path) -> Vec<(String, Option<Vec<u8>>)> {
-    let mut files: Vec<(String, Option<Vec<u8>>)> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).ok()))
+/// A file's name, whether it is a link, and its contents; a directory has none.
+type Entry = (OsString, bool, Option<Vec<u8>>);
+
+fn contents(dir: &Path) -> Vec<Entry> {
+    let mut files: Vec<Entry> = fs::read_dir(dir)
+        .expect("a directory just written")
+        .map(|entry| entry.expect("a readable entry"))
+        .map(|entry| {
+            (
+                entry.file_name(),
+                entry.path().is_symlink(),
+                fs::read(entry.path()).ok(),
+            )
+        })
         .collect();
     files.sort();
     files
@@ -39,7 +47,13 @@ fn every_lie_makes_a_checkpoint_of_its_own() {
 
 #[test]
 fn missing_words_are_found_whatever_the_case_of_letters() {
-    let lie = lies().into_iter().find(|lie| lie.name == "an unknown model type").unwrap();
-    assert_eq!(lie.missing_words("config.json: MODEL_TYPE Mamba is unknown"), Vec::<&str>::new());
+    let lie = lies()
+        .into_iter()
+        .find(|lie| lie.name == "an unknown model type")
+        .unwrap();
+    assert_eq!(
+        lie.missing_words("config.json: MODEL_TYPE Mamba is unknown"),
+        Vec::<&str>::new()
+    );
     assert_eq!(lie.missing_words("config.json: model_type is unknown"), ["mamba"]);
 }

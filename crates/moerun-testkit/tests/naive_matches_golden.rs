@@ -20,30 +20,55 @@ impl Golden {
 }
 
 fn golden(file: &RawFile, name: &str) -> Golden {
-    let tensor = file.tensors.iter().find(|tensor| tensor.name == name).unwrap_or_else(|| panic!("no {name}"));
+    let tensor = file
+        .tensors
+        .iter()
+        .find(|tensor| tensor.name == name)
+        .unwrap_or_else(|| panic!("no {name}"));
     let values = match tensor.dtype.as_str() {
-        "I64" => tensor.data.as_chunks::<8>().0.iter().map(|&bytes| i64::from_le_bytes(bytes) as f64).collect(),
-        dtype => decode(Element::from_name(dtype).unwrap(), &tensor.data),
+        "I64" => tensor
+            .data
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|&bytes| i64::from_le_bytes(bytes) as f64)
+            .collect(),
+        dtype => decode(Element::from_name(dtype).expect("a known type"), &tensor.data),
     };
-    Golden { shape: tensor.shape.clone(), values }
+    Golden {
+        shape: tensor.shape.clone(),
+        values,
+    }
 }
 
 fn assert_close(found: &[f64], wanted: &[f64], what: &str) {
     assert_eq!(found.len(), wanted.len(), "{what}");
     for (i, (found, wanted)) in found.iter().zip(wanted).enumerate() {
-        assert!((found - wanted).abs() <= 1e-4 + 1e-4 * wanted.abs(), "{what}[{i}]: {found} instead of {wanted}");
+        assert!(
+            (found - wanted).abs() <= 1e-4 + 1e-4 * wanted.abs(),
+            "{what}[{i}]: {found} instead of {wanted}"
+        );
     }
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().expect("an id") as u32)
+        .collect()
 }
 
 fn check_forward(forward: &NaiveForward, file: &RawFile, sequence: usize, what: &str) {
     for position in 0..forward.logits.len() {
         let check = |name: &str, found: &[f64]| {
             let wanted = golden(file, name);
-            assert_close(found, wanted.token(sequence, position), &format!("{what} {name} position {position}"));
+            assert_close(
+                found,
+                wanted.token(sequence, position),
+                &format!("{what} {name} position {position}"),
+            );
         };
         check("logits", &forward.logits[position]);
         check("hidden_final", &forward.hidden_final[position]);
@@ -56,21 +81,29 @@ fn check_forward(forward: &NaiveForward, file: &RawFile, sequence: usize, what: 
             check(&format!("moe.{j}.router_logits"), &block.router_logits[position]);
             check(&format!("moe.{j}.topk_weights"), &block.topk_weights[position]);
             let chosen: Vec<f64> = block.topk_ids[position].iter().map(|&id| id as f64).collect();
-            assert_eq!(chosen, golden(file, &format!("moe.{j}.topk_ids")).token(sequence, position), "{what} moe {j}");
+            assert_eq!(
+                chosen,
+                golden(file, &format!("moe.{j}.topk_ids")).token(sequence, position),
+                "{what} moe {j}"
+            );
         }
     }
 }
 
 fn check_folder(dir: &Path, config_file: &str) {
-    let text = std::fs::read_to_string(dir.join("golden.json")).unwrap();
-    let recorded: Value = serde_json::from_str(&text).unwrap();
-    let file = RawFile::read(&dir.join("golden.safetensors")).unwrap();
-    let model = NaiveModel::open_with_config(dir, config_file).unwrap();
+    let text = std::fs::read_to_string(dir.join("golden.json")).expect("golden.json");
+    let recorded: Value = serde_json::from_str(&text).expect("JSON");
+    let file = RawFile::read(&dir.join("golden.safetensors")).expect("golden.safetensors");
+    let model = NaiveModel::open_with_config(dir, config_file).expect("a checkpoint");
     let moe_layers = ids(&recorded["moe_layers"]);
-    for (sequence, prompt) in recorded["prompts"].as_array().unwrap().iter().enumerate() {
+    for (sequence, prompt) in recorded["prompts"].as_array().expect("a list").iter().enumerate() {
         let what = format!("{} sequence {sequence}", dir.display());
-        let forward = model.forward(&ids(prompt)).unwrap();
-        assert_eq!(forward.moe.iter().map(|block| block.layer as u32).collect::<Vec<_>>(), moe_layers, "{what}");
+        let forward = model.forward(&ids(prompt)).expect("a forward pass");
+        assert_eq!(
+            forward.moe.iter().map(|block| block.layer as u32).collect::<Vec<_>>(),
+            moe_layers,
+            "{what}"
+        );
         check_forward(&forward, &file, sequence, &what);
     }
 }
@@ -92,7 +125,11 @@ fn every_golden_greedy_continuation_is_reproduced() {
         let prompts = recorded["prompts"].as_array().unwrap();
         for (prompt, wanted) in prompts.iter().zip(recorded["greedy"].as_array().unwrap()) {
             let wanted = ids(wanted);
-            assert_eq!(model.greedy(&ids(prompt), wanted.len()).unwrap(), wanted, "{family:?} {prompt}");
+            assert_eq!(
+                model.greedy(&ids(prompt), wanted.len()).unwrap(),
+                wanted,
+                "{family:?} {prompt}"
+            );
         }
     }
 }

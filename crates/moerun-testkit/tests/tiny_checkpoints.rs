@@ -10,7 +10,9 @@ const PROMPT: [u32; 12] = [1, 40, 301, 7, 99, 7, 250, 319, 12, 40, 5, 66];
 fn forward(tiny: &TinyCheckpoint) -> NaiveForward {
     let dir = tempfile::tempdir().unwrap();
     tiny.write(dir.path()).unwrap();
-    NaiveModel::open(dir.path()).and_then(|model| model.forward(&PROMPT)).unwrap_or_else(|e| panic!("{tiny:?}: {e}"))
+    NaiveModel::open(dir.path())
+        .and_then(|model| model.forward(&PROMPT))
+        .unwrap_or_else(|e| panic!("{tiny:?}: {e}"))
 }
 
 fn deviation(forward: &NaiveForward) -> f64 {
@@ -26,18 +28,33 @@ fn every_family_of_every_drawn_size_runs_and_has_logits_of_order_one() {
             let tiny = TinyCheckpoint::from_seed(family, seed);
             let forward = forward(&tiny);
             let moe_layers: Vec<usize> = (0..tiny.layers).filter(|&layer| tiny.is_moe_layer(layer)).collect();
-            assert_eq!(forward.moe.iter().map(|block| block.layer).collect::<Vec<_>>(), moe_layers, "{tiny:?}");
+            assert_eq!(
+                forward.moe.iter().map(|block| block.layer).collect::<Vec<_>>(),
+                moe_layers,
+                "{tiny:?}"
+            );
             assert_eq!(family.has_experts(), !moe_layers.is_empty(), "{tiny:?}");
-            assert!(forward.moe.iter().flat_map(|block| &block.topk_ids).all(|ids| ids.len() == tiny.top_k));
+            assert!(
+                forward
+                    .moe
+                    .iter()
+                    .flat_map(|block| &block.topk_ids)
+                    .all(|ids| ids.len() == tiny.top_k)
+            );
             let deviation = deviation(&forward);
-            assert!((0.3..6.0).contains(&deviation), "seed {seed} {family:?}: logits deviate by {deviation}");
+            assert!(
+                (0.3..6.0).contains(&deviation),
+                "seed {seed} {family:?}: logits deviate by {deviation}"
+            );
         }
     }
 }
 
 #[test]
 fn drawn_sizes_are_varied() {
-    let drawn: Vec<TinyCheckpoint> = (0..60).map(|seed| TinyCheckpoint::from_seed(Family::Qwen3Moe, seed)).collect();
+    let drawn: Vec<TinyCheckpoint> = (0..60)
+        .map(|seed| TinyCheckpoint::from_seed(Family::Qwen3Moe, seed))
+        .collect();
     assert!(drawn.iter().any(|tiny| tiny.top_k == 1));
     assert!(drawn.iter().any(|tiny| tiny.top_k == tiny.experts));
     assert!(drawn.iter().any(|tiny| tiny.hidden % 2 == 1));
@@ -60,7 +77,11 @@ fn one_seed_gives_one_checkpoint_and_another_seed_another() {
 fn shards_and_spelling_change_nothing() {
     for family in ALL_FAMILIES {
         let one = TinyCheckpoint::new(family, 5);
-        let other = TinyCheckpoint { shards: 4, spelling: moerun_testkit::Spelling::Hub, ..one.clone() };
+        let other = TinyCheckpoint {
+            shards: 4,
+            spelling: moerun_testkit::Spelling::Hub,
+            ..one.clone()
+        };
         assert_eq!(forward(&one), forward(&other), "{family:?}");
     }
 }
@@ -68,7 +89,10 @@ fn shards_and_spelling_change_nothing() {
 /// Largest change of a logit between plain and quantised storage of the same values.
 fn storage_error(plain: &TinyCheckpoint, storage: Storage) -> f64 {
     let exact = forward(plain);
-    let rounded = forward(&TinyCheckpoint { storage, ..plain.clone() });
+    let rounded = forward(&TinyCheckpoint {
+        storage,
+        ..plain.clone()
+    });
     let pairs = exact.logits.iter().flatten().zip(rounded.logits.iter().flatten());
     pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
@@ -105,7 +129,10 @@ fn mxfp4_blocks_are_close_to_the_values_they_store() {
 fn a_safe_checkpoint_keeps_its_margin() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = vec![PROMPT.to_vec()];
-    let tiny = TinyCheckpoint { element: Element::Bf16, ..TinyCheckpoint::new(Family::Olmoe, 10) };
+    let tiny = TinyCheckpoint {
+        element: Element::Bf16,
+        ..TinyCheckpoint::new(Family::Olmoe, 10)
+    };
     let seed = tiny.write_safe(dir.path(), &prompts, 4, 1e-3).unwrap();
     let model = NaiveModel::open(dir.path()).unwrap();
     assert!(model.forward(&PROMPT).unwrap().routing_margin() >= 1e-3, "seed {seed}");
@@ -123,14 +150,20 @@ fn copies_part_the_experts_from_the_rest() {
         assert_eq!(count(&whole), count(&dense) + count(&experts), "{family:?}");
         assert_eq!(count(&experts) > 0, family.has_experts());
         let left = RawFile::read(&dense.join("model.safetensors")).unwrap();
-        assert!(left.tensors.iter().all(|tensor| !is_expert_tensor(&tensor.name)), "{family:?}");
+        assert!(
+            left.tensors.iter().all(|tensor| !is_expert_tensor(&tensor.name)),
+            "{family:?}"
+        );
     }
 }
 
 #[test]
 fn edits_reach_tensors_in_any_shard() {
     let dir = tempfile::tempdir().unwrap();
-    let tiny = TinyCheckpoint { shards: 3, ..TinyCheckpoint::new(Family::Mixtral, 2) };
+    let tiny = TinyCheckpoint {
+        shards: 3,
+        ..TinyCheckpoint::new(Family::Mixtral, 2)
+    };
     tiny.write(dir.path()).unwrap();
     let before = NaiveModel::open(dir.path()).unwrap().forward(&PROMPT).unwrap();
     perturb_tensor(dir.path(), "model.layers.2.block_sparse_moe.gate.weight", 0.5).unwrap();

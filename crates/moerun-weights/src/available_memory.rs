@@ -14,7 +14,12 @@ pub fn available_memory_bytes() -> Option<u64> {
 fn available_under(root: &Path) -> Option<u64> {
     let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| {
         let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     });
     let groups = control_groups(root).into_iter().flat_map(|group| group.free_bytes());
     machine.into_iter().chain(groups).min()
@@ -38,7 +43,13 @@ impl ControlGroup {
         let stat = fs::read_to_string(self.dir.join("memory.stat")).unwrap_or_default();
         let droppable = stat
             .lines()
-            .find_map(|line| line.strip_prefix(self.droppable)?.strip_prefix(' ')?.trim().parse::<u64>().ok())
+            .find_map(|line| {
+                line.strip_prefix(self.droppable)?
+                    .strip_prefix(' ')?
+                    .trim()
+                    .parse::<u64>()
+                    .ok()
+            })
             .unwrap_or(0);
         Some(limit.saturating_sub(usage.saturating_sub(droppable)))
     }
@@ -50,19 +61,34 @@ fn control_groups(root: &Path) -> Vec<ControlGroup> {
     let mut groups = Vec::new();
     for line in text.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else {
+            continue;
+        };
         let (mount, limit, usage, droppable) = if controllers.is_empty() {
             ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
         } else if controllers.split(',').any(|controller| controller == "memory") {
-            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            (
+                "sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
         } else {
             continue;
         };
         let mount = root.join(mount);
         // Within a container the path may be the host's and not exist here; the mount's own root is then the group.
         let own = mount.join(path.trim_start_matches('/'));
-        let dirs = own.ancestors().take_while(|dir| dir.starts_with(&mount)).map(Path::to_owned);
-        groups.extend(dirs.map(|dir| ControlGroup { dir, limit, usage, droppable }));
+        let dirs = own
+            .ancestors()
+            .take_while(|dir| dir.starts_with(&mount))
+            .map(Path::to_owned);
+        groups.extend(dirs.map(|dir| ControlGroup {
+            dir,
+            limit,
+            usage,
+            droppable,
+        }));
     }
     groups
 }
@@ -95,7 +121,11 @@ mod tests {
         write(root.path(), "proc/self/cgroup", "0::/a/b\n");
         write(root.path(), "sys/fs/cgroup/a/memory.max", "1000\n");
         write(root.path(), "sys/fs/cgroup/a/memory.current", "900\n");
-        write(root.path(), "sys/fs/cgroup/a/memory.stat", "anon 1\ninactive_file 300\n");
+        write(
+            root.path(),
+            "sys/fs/cgroup/a/memory.stat",
+            "anon 1\ninactive_file 300\n",
+        );
         write(root.path(), "sys/fs/cgroup/a/b/memory.max", "5000\n");
         write(root.path(), "sys/fs/cgroup/a/b/memory.current", "100\n");
         assert_eq!(available_under(root.path()), Some(400));
@@ -105,7 +135,11 @@ mod tests {
     fn the_older_control_groups_are_understood() {
         let root = tempfile::tempdir().unwrap();
         write(root.path(), "proc/meminfo", "MemAvailable: 1000000 kB\n");
-        write(root.path(), "proc/self/cgroup", "5:cpu:/x\n3:hugetlb,memory:/docker/abc\n");
+        write(
+            root.path(),
+            "proc/self/cgroup",
+            "5:cpu:/x\n3:hugetlb,memory:/docker/abc\n",
+        );
         write(root.path(), "sys/fs/cgroup/memory/memory.limit_in_bytes", "2000\n");
         write(root.path(), "sys/fs/cgroup/memory/memory.usage_in_bytes", "500\n");
         assert_eq!(available_under(root.path()), Some(1500));

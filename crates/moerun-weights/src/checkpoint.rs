@@ -76,7 +76,13 @@ impl Checkpoint {
                 ModelPart::Experts(_) => None,
             })
             .collect();
-        Ok(Checkpoint { config, generation_config, dir: dir.to_owned(), store, dense })
+        Ok(Checkpoint {
+            config,
+            generation_config,
+            dir: dir.to_owned(),
+            store,
+            dense,
+        })
     }
 
     /// The parsed config.
@@ -108,7 +114,11 @@ impl Checkpoint {
     pub fn matrix(&self, role: TensorRole) -> Result<MatrixSource<'_>, WeightsError> {
         let (name, shape) = self.dense.get(&role).ok_or(WeightsError::NoTensor { role })?;
         let &[rows, cols] = &shape[..] else {
-            return Err(WeightsError::Rank { role, wanted: "a matrix", found: shape.clone() });
+            return Err(WeightsError::Rank {
+                role,
+                wanted: "a matrix",
+                found: shape.clone(),
+            });
         };
         expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
             .ok_or(WeightsError::NoTensor { role })
@@ -118,7 +128,11 @@ impl Checkpoint {
     pub fn vector(&self, role: TensorRole) -> Result<Vec<f32>, WeightsError> {
         let (name, shape) = self.dense.get(&role).ok_or(WeightsError::NoTensor { role })?;
         let (&[length] | &[1, length]) = &shape[..] else {
-            return Err(WeightsError::Rank { role, wanted: "a vector", found: shape.clone() });
+            return Err(WeightsError::Rank {
+                role,
+                wanted: "a vector",
+                found: shape.clone(),
+            });
         };
         let source =
             expert::whole_matrix(&self.store, name, [1, length], None).ok_or(WeightsError::NoTensor { role })?;
@@ -141,8 +155,13 @@ impl Checkpoint {
             return configured();
         }
         let (mut wide, mut narrow) = (0u64, 0u64);
-        for tensor in expected_tensors(&self.config).iter().filter(|tensor| tensor.shape.len() > 1) {
-            let Some(stored) = self.store.get(&tensor.name) else { continue };
+        for tensor in expected_tensors(&self.config)
+            .iter()
+            .filter(|tensor| tensor.shape.len() > 1)
+        {
+            let Some(stored) = self.store.get(&tensor.name) else {
+                continue;
+            };
             let elements: u64 = stored.shape.iter().map(|&dim| dim as u64).product();
             match stored.element.dtype {
                 Some(Dtype::Bf16) => narrow += elements,
@@ -169,10 +188,12 @@ impl Checkpoint {
 
 fn read_config(directory: &Directory) -> Result<ModelConfig, WeightsError> {
     const NAME: &str = "config.json";
-    let text = directory.read_text(NAME, MAX_CONFIG_BYTES)?.ok_or_else(|| WeightsError::Io {
-        path: directory.path().join(NAME),
-        source: std::io::ErrorKind::NotFound.into(),
-    })?;
+    let text = directory
+        .read_text(NAME, MAX_CONFIG_BYTES)?
+        .ok_or_else(|| WeightsError::Io {
+            path: directory.path().join(NAME),
+            source: std::io::ErrorKind::NotFound.into(),
+        })?;
     Ok(ModelConfig::from_json(&text)?)
 }
 

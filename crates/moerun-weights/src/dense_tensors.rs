@@ -13,7 +13,11 @@ pub(crate) fn dense_tensors(config: &ModelConfig) -> Vec<(TensorRole, Vec<usize>
     let mut tensors = vec![(TensorRole::Embedding, vec![vocab, hidden])];
     for (id, layer) in (0..).map(LayerId).zip(&config.layers) {
         let in_layer = layer_tensors(config, layer);
-        tensors.extend(in_layer.into_iter().map(|(tensor, shape)| (TensorRole::Layer(id, tensor), shape)));
+        tensors.extend(
+            in_layer
+                .into_iter()
+                .map(|(tensor, shape)| (TensorRole::Layer(id, tensor), shape)),
+        );
     }
     tensors.push((TensorRole::FinalNorm, vec![hidden]));
     if config.norm.kind == NormKind::LayerNorm {
@@ -110,7 +114,11 @@ fn latent_attention(tensors: &mut Tensors, attention: &LatentAttention, hidden: 
     tensors.matrix(KvAProj, latent_and_rotary, hidden);
     tensors.vector_if(attention.bias, KvABias, latent_and_rotary);
     tensors.vector(KvANorm, latent);
-    tensors.matrix(KvBProj, heads * (attention.qk_nope_head_dim + attention.v_head_dim), latent);
+    tensors.matrix(
+        KvBProj,
+        heads * (attention.qk_nope_head_dim + attention.v_head_dim),
+        latent,
+    );
     tensors.matrix(OProj, hidden, heads * attention.v_head_dim);
     tensors.vector_if(attention.bias, OBias, hidden);
 }

@@ -34,7 +34,10 @@ impl Directory {
             .filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"))
             .and_then(Path::parent)
             .map(|repository| repository.join("blobs"));
-        Ok(Directory { path: path.to_owned(), roots: std::iter::once(real).chain(blobs).collect() })
+        Ok(Directory {
+            path: path.to_owned(),
+            roots: std::iter::once(real).chain(blobs).collect(),
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -64,7 +67,9 @@ impl Directory {
 
     /// The text of a file of at most `limit` bytes, or `None` if there is no such file.
     pub(crate) fn read_text(&self, name: &str, limit: u64) -> Result<Option<String>, WeightsError> {
-        let Found::File(target) = self.find(name)? else { return Ok(None) };
+        let Found::File(target) = self.find(name)? else {
+            return Ok(None);
+        };
         let path = self.path.join(name);
         let file = File::open(target).map_err(|source| io_error(&path, source))?;
         let found = file.metadata().map_err(|source| io_error(&path, source))?.len();
@@ -72,7 +77,9 @@ impl Directory {
             return Err(WeightsError::TooLong { path, found, limit });
         }
         let mut text = String::new();
-        file.take(limit).read_to_string(&mut text).map_err(|source| io_error(&path, source))?;
+        file.take(limit)
+            .read_to_string(&mut text)
+            .map_err(|source| io_error(&path, source))?;
         Ok(Some(text))
     }
 
@@ -103,5 +110,8 @@ pub(crate) fn map(path: &Path) -> Result<Mmap, WeightsError> {
 }
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> WeightsError {
-    WeightsError::Io { path: path.to_owned(), source }
+    WeightsError::Io {
+        path: path.to_owned(),
+        source,
+    }
 }

@@ -57,8 +57,9 @@ fn e4m3(code: u8) -> f32 {
 }
 
 /// Values of the 4-bit codes of MXFP4: a sign, two exponent bits and one mantissa bit.
-pub(crate) const E2M1: [f32; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub(crate) const E2M1: [f32; 16] = [
+    0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
+];
 
 /// The scale that an exponent byte of MXFP4 stands for: 2^(byte − 127), NaN for 255.
 pub(crate) fn e8m0(exponent: u8) -> f32 {
@@ -90,14 +91,21 @@ mod tests {
             assert_eq!(E4M3[code], value, "code {code:#x}");
         }
         assert_eq!(E4M3[0x80].to_bits(), (-0f32).to_bits());
-        assert_eq!((0..256).filter(|&code| E4M3[code].is_nan()).collect::<Vec<_>>(), [0x7f, 0xff]);
+        assert_eq!(
+            (0..256).filter(|&code| E4M3[code].is_nan()).collect::<Vec<_>>(),
+            [0x7f, 0xff]
+        );
         assert!((0..0x7e).all(|code| E4M3[code] < E4M3[code + 1]));
     }
 
     #[test]
     fn exponent_bytes_are_powers_of_two() {
         for exponent in 1..255 {
-            assert_eq!(f64::from(e8m0(exponent)), 2f64.powi(i32::from(exponent) - 127), "{exponent}");
+            assert_eq!(
+                f64::from(e8m0(exponent)),
+                2f64.powi(i32::from(exponent) - 127),
+                "{exponent}"
+            );
         }
         assert_eq!(f64::from(e8m0(0)), 2f64.powi(-127));
         assert!(e8m0(255).is_nan());

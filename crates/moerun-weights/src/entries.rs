@@ -18,7 +18,10 @@ pub(crate) struct AtMost<V> {
 
 impl<V> AtMost<V> {
     pub(crate) fn new(limit: usize) -> Self {
-        AtMost { limit, values: PhantomData }
+        AtMost {
+            limit,
+            values: PhantomData,
+        }
     }
 }
 
@@ -41,7 +44,10 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for AtMost<V> {
         let mut entries = Vec::new();
         while let Some(name) = map.next_key::<String>()? {
             if entries.len() == self.limit {
-                return Err(serde::de::Error::custom(format!("wanted at most {} entries, found more", self.limit)));
+                return Err(serde::de::Error::custom(format!(
+                    "wanted at most {} entries, found more",
+                    self.limit
+                )));
             }
             entries.push((name, map.next_value()?));
         }

@@ -238,7 +238,11 @@ pub(crate) const PLAIN_TYPES: &str = "F32, F16 or BF16";
 
 impl WeightsError {
     pub(crate) fn wrong_type(tensor: &str, wanted: &'static str, found: impl ToString) -> Self {
-        WeightsError::Type { tensor: tensor.to_owned(), wanted, found: found.to_string() }
+        WeightsError::Type {
+            tensor: tensor.to_owned(),
+            wanted,
+            found: found.to_string(),
+        }
     }
 }
 

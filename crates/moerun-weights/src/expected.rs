@@ -74,23 +74,31 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<ExpectedTensor> {
         .into_iter()
         .map(|(role, shape)| ExpectedTensor {
             name: tensor_names::name(config.family, role),
-            types: if is_linear(role) { linear_types(config) } else { ExpectedTypes::Plain },
+            types: if is_linear(role) {
+                linear_types(config)
+            } else {
+                ExpectedTypes::Plain
+            },
             shape,
             part: ModelPart::Dense(role),
         })
         .collect();
     let Some(moe) = &config.moe else { return expected };
     for layer in config.moe_layers() {
-        expected.extend(expert_tensors(config, moe, layer).into_iter().map(|tensor| ExpectedTensor {
-            name: tensor.name,
-            shape: tensor.shape,
-            types: match tensor.kind {
-                ExpertTensorKind::Weights => linear_types(config),
-                ExpertTensorKind::Bias => ExpectedTypes::Plain,
-                ExpertTensorKind::Packed => ExpectedTypes::Packed,
-            },
-            part: ModelPart::Experts(layer),
-        }));
+        expected.extend(
+            expert_tensors(config, moe, layer)
+                .into_iter()
+                .map(|tensor| ExpectedTensor {
+                    name: tensor.name,
+                    shape: tensor.shape,
+                    types: match tensor.kind {
+                        ExpertTensorKind::Weights => linear_types(config),
+                        ExpertTensorKind::Bias => ExpectedTypes::Plain,
+                        ExpertTensorKind::Packed => ExpectedTypes::Packed,
+                    },
+                    part: ModelPart::Experts(layer),
+                }),
+        );
     }
     expected
 }

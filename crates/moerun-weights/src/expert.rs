@@ -67,13 +67,19 @@ struct Tensor<'a> {
 
 impl<'a> Tensor<'a> {
     fn get(store: &'a TensorStore, name: &str) -> Option<Self> {
-        store.get(name).map(|stored| Tensor { dtype: known_dtype(stored), bytes: store.bytes(stored) })
+        store.get(name).map(|stored| Tensor {
+            dtype: known_dtype(stored),
+            bytes: store.bytes(stored),
+        })
     }
 
     /// One expert's share of a stack.
     fn of_expert(self, expert: usize, num_experts: usize) -> Self {
         let size = self.bytes.len() / num_experts;
-        Tensor { dtype: self.dtype, bytes: &self.bytes[expert * size..(expert + 1) * size] }
+        Tensor {
+            dtype: self.dtype,
+            bytes: &self.bytes[expert * size..(expert + 1) * size],
+        }
     }
 
     fn matrix(self, shape: [usize; 2], first: usize, row: usize, col: usize) -> MatrixSource<'a> {
@@ -83,7 +89,10 @@ impl<'a> Tensor<'a> {
 
 /// Type of a tensor whose type was checked.
 pub(crate) fn known_dtype(stored: &StoredTensor) -> Dtype {
-    stored.element.dtype.expect("tensors of other types are refused when the checkpoint is opened")
+    stored
+        .element
+        .dtype
+        .expect("tensors of other types are refused when the checkpoint is opened")
 }
 
 /// A whole matrix of its own; fp8 ones with the scales beside them.
@@ -123,42 +132,78 @@ pub(crate) fn find<'a>(
     let interleaved_biases = || {
         let gate_up = stacked("gate_up_proj_bias")?;
         let half = |first| Some(gate_up.matrix([1, width], first, 2 * width, 2));
-        Some((half(0), half(1), Some(stacked("down_proj_bias")?.matrix([1, hidden], 0, hidden, 1))))
+        Some((
+            half(0),
+            half(1),
+            Some(stacked("down_proj_bias")?.matrix([1, hidden], 0, hidden, 1)),
+        ))
     };
     let layout = ExpertLayout::of(config);
     let (gate, up, down) = match layout {
         ExpertLayout::Separate { gate, up, down } => {
-            let block = super::checkpoint::fp8_block(config);
+            let block = crate::checkpoint::fp8_block(config);
             let matrix = |matrix, shape| {
-                whole_matrix(store, &separate_name(config.family, layer, expert, matrix), shape, block)
+                whole_matrix(
+                    store,
+                    &separate_name(config.family, layer, expert, matrix),
+                    shape,
+                    block,
+                )
             };
-            (matrix(gate, [width, hidden])?, matrix(up, [width, hidden])?, matrix(down, [hidden, width])?)
+            (
+                matrix(gate, [width, hidden])?,
+                matrix(up, [width, hidden])?,
+                matrix(down, [hidden, width])?,
+            )
         }
         ExpertLayout::StackedRows => {
             let gate_up = stacked("input_linear.weight")?;
             let half = |first| gate_up.matrix([width, hidden], first * hidden, hidden, 1);
-            (half(0), half(width), stacked("output_linear.weight")?.matrix([hidden, width], 0, width, 1))
+            (
+                half(0),
+                half(width),
+                stacked("output_linear.weight")?.matrix([hidden, width], 0, width, 1),
+            )
         }
         ExpertLayout::StackedColumns => {
             let gate_up = stacked("gate_up_proj")?;
             let half = |first| gate_up.matrix([width, hidden], first, 1, 2 * width);
-            (half(0), half(width), stacked("down_proj")?.matrix([hidden, width], 0, 1, hidden))
+            (
+                half(0),
+                half(width),
+                stacked("down_proj")?.matrix([hidden, width], 0, 1, hidden),
+            )
         }
         ExpertLayout::StackedInterleaved => {
             let gate_up = stacked("gate_up_proj")?;
             let half = |first| gate_up.matrix([width, hidden], first, 2, 2 * width);
-            (half(0), half(1), stacked("down_proj")?.matrix([hidden, width], 0, 1, hidden))
+            (
+                half(0),
+                half(1),
+                stacked("down_proj")?.matrix([hidden, width], 0, 1, hidden),
+            )
         }
         ExpertLayout::Mxfp4 => {
             let (codes, exponents) = (stacked("gate_up_proj_blocks")?, stacked("gate_up_proj_scales")?);
             let half = |first| MatrixSource::mxfp4(codes.bytes, exponents.bytes, [width, hidden], first, 2);
             let (down, scales) = (stacked("down_proj_blocks")?, stacked("down_proj_scales")?);
-            (half(0), half(1), MatrixSource::mxfp4(down.bytes, scales.bytes, [hidden, width], 0, 1))
+            (
+                half(0),
+                half(1),
+                MatrixSource::mxfp4(down.bytes, scales.bytes, [hidden, width], 0, 1),
+            )
         }
     };
     let (gate_bias, up_bias, down_bias) = match layout {
         ExpertLayout::StackedInterleaved | ExpertLayout::Mxfp4 => interleaved_biases()?,
         _ => (None, None, None),
     };
-    Some(ExpertParts { gate, up, down, gate_bias, up_bias, down_bias })
+    Some(ExpertParts {
+        gate,
+        up,
+        down,
+        gate_bias,
+        up_bias,
+        down_bias,
+    })
 }

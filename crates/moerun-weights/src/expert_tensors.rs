@@ -52,19 +52,30 @@ pub(crate) struct ExpertTensor {
 impl ExpertLayout {
     pub(crate) fn of(config: &ModelConfig) -> Self {
         match config.family {
-            Family::Mixtral | Family::PhiMoe => ExpertLayout::Separate { gate: "w1", up: "w3", down: "w2" },
+            Family::Mixtral | Family::PhiMoe => ExpertLayout::Separate {
+                gate: "w1",
+                up: "w3",
+                down: "w2",
+            },
             Family::GraniteMoe => ExpertLayout::StackedRows,
             Family::Llama4Text => ExpertLayout::StackedColumns,
             Family::GptOss if config.quantization == WeightQuantization::Mxfp4 => ExpertLayout::Mxfp4,
             Family::GptOss => ExpertLayout::StackedInterleaved,
-            _ => ExpertLayout::Separate { gate: "gate_proj", up: "up_proj", down: "down_proj" },
+            _ => ExpertLayout::Separate {
+                gate: "gate_proj",
+                up: "up_proj",
+                down: "down_proj",
+            },
         }
     }
 }
 
 /// Name of one matrix of one expert where each has a tensor of its own.
 pub(crate) fn separate_name(family: Family, layer: LayerId, expert: ExpertId, matrix: &str) -> String {
-    format!("model.layers.{layer}.{}experts.{expert}.{matrix}.weight", feed_forward(family))
+    format!(
+        "model.layers.{layer}.{}experts.{expert}.{matrix}.weight",
+        feed_forward(family)
+    )
 }
 
 /// Name of a tensor that holds something of all experts of a layer.
@@ -86,13 +97,16 @@ pub(crate) fn expert_tensors(config: &ModelConfig, moe: &MoeConfig, layer: Layer
         ExpertLayout::Separate { gate, up, down } => (0..experts)
             .flat_map(|expert| {
                 let expert = ExpertId(expert as u16);
-                [(gate, [intermediate, hidden]), (up, [intermediate, hidden]), (down, [hidden, intermediate])].map(
-                    |(matrix, shape)| ExpertTensor {
-                        name: separate_name(config.family, layer, expert, matrix),
-                        shape: shape.to_vec(),
-                        kind: Weights,
-                    },
-                )
+                [
+                    (gate, [intermediate, hidden]),
+                    (up, [intermediate, hidden]),
+                    (down, [hidden, intermediate]),
+                ]
+                .map(|(matrix, shape)| ExpertTensor {
+                    name: separate_name(config.family, layer, expert, matrix),
+                    shape: shape.to_vec(),
+                    kind: Weights,
+                })
             })
             .collect(),
         ExpertLayout::StackedRows => vec![
@@ -116,7 +130,11 @@ pub(crate) fn expert_tensors(config: &ModelConfig, moe: &MoeConfig, layer: Layer
                 stacked("gate_up_proj_blocks", &[experts, up_rows, groups(hidden), half], Packed),
                 stacked("gate_up_proj_scales", &[experts, up_rows, groups(hidden)], Packed),
                 stacked("gate_up_proj_bias", &[experts, up_rows], Bias),
-                stacked("down_proj_blocks", &[experts, hidden, groups(intermediate), half], Packed),
+                stacked(
+                    "down_proj_blocks",
+                    &[experts, hidden, groups(intermediate), half],
+                    Packed,
+                ),
                 stacked("down_proj_scales", &[experts, hidden, groups(intermediate)], Packed),
                 stacked("down_proj_bias", &[experts, hidden], Bias),
             ]

@@ -56,7 +56,11 @@ fn get<'a>(map: &'a Map<String, Value>, field: &str) -> Option<&'a Value> {
 }
 
 fn invalid(field: &'static str, wanted: impl Into<String>, found: &Value) -> WeightsError {
-    WeightsError::GenerationField { field, wanted: wanted.into(), found: short(found) }
+    WeightsError::GenerationField {
+        field,
+        wanted: wanted.into(),
+        found: short(found),
+    }
 }
 
 fn short(value: &Value) -> String {
@@ -96,7 +100,11 @@ fn number(
     let Some(value) = get(map, field) else { return Ok(None) };
     match value.as_f64() {
         Some(number) if range.contains(&number) => Ok(Some(number as f32)),
-        _ => Err(invalid(field, format!("a number from {:e} to {:e}", range.start(), range.end()), value)),
+        _ => Err(invalid(
+            field,
+            format!("a number from {:e} to {:e}", range.start(), range.end()),
+            value,
+        )),
     }
 }
 
@@ -104,7 +112,11 @@ fn integer(map: &Map<String, Value>, field: &'static str, least: u32) -> Result<
     let Some(value) = get(map, field) else { return Ok(None) };
     match value.as_u64().and_then(|number| u32::try_from(number).ok()) {
         Some(number) if number >= least => Ok(Some(number)),
-        _ => Err(invalid(field, format!("an integer from {least} to {}", u32::MAX), value)),
+        _ => Err(invalid(
+            field,
+            format!("an integer from {least} to {}", u32::MAX),
+            value,
+        )),
     }
 }
 
@@ -127,9 +139,17 @@ mod tests {
             max_new_tokens: Some(128),
         };
         assert_eq!(GenerationConfig::from_json(text, 320).unwrap(), wanted);
-        assert_eq!(GenerationConfig::from_json("{}", 320).unwrap(), GenerationConfig::default());
+        assert_eq!(
+            GenerationConfig::from_json("{}", 320).unwrap(),
+            GenerationConfig::default()
+        );
         assert_eq!(GenerationConfig::from_json(r#"{"top_k": 0}"#, 320).unwrap().top_k, None);
-        assert_eq!(GenerationConfig::from_json(r#"{"eos_token_id": 3}"#, 320).unwrap().eos_token_ids, [3]);
+        assert_eq!(
+            GenerationConfig::from_json(r#"{"eos_token_id": 3}"#, 320)
+                .unwrap()
+                .eos_token_ids,
+            [3]
+        );
     }
 
     #[test]

@@ -26,11 +26,21 @@ impl Checkpoint {
         combine_block: usize,
     ) -> Result<Vec<[u8; 16]>, WeightsError> {
         let parts = self.expert_parts(layer, expert)?;
-        let num_blocks = if combine_block == 0 { 0 } else { parts.gate.rows().div_ceil(combine_block) };
+        let num_blocks = if combine_block == 0 {
+            0
+        } else {
+            parts.gate.rows().div_ceil(combine_block)
+        };
         if usize::from(blocks.end) > num_blocks {
-            return Err(WeightsError::Blocks { found: blocks, combine_block, num_blocks });
+            return Err(WeightsError::Blocks {
+                found: blocks,
+                combine_block,
+                num_blocks,
+            });
         }
-        Ok((blocks.first..blocks.end).map(|block| block_hash(&parts, usize::from(block), combine_block)).collect())
+        Ok((blocks.first..blocks.end)
+            .map(|block| block_hash(&parts, usize::from(block), combine_block))
+            .collect())
     }
 
     /// BLAKE3 (hex) of the canonical form of the parsed config: equal for both spellings of one model.

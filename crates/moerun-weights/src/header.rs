@@ -33,10 +33,18 @@ pub(crate) struct ElementType {
 
 const ELEMENT_TYPES: [ElementType; 17] = {
     const fn other(name: &'static str, bytes: u64) -> ElementType {
-        ElementType { name, bytes, dtype: None }
+        ElementType {
+            name,
+            bytes,
+            dtype: None,
+        }
     }
     const fn known(name: &'static str, bytes: u64, dtype: Dtype) -> ElementType {
-        ElementType { name, bytes, dtype: Some(dtype) }
+        ElementType {
+            name,
+            bytes,
+            dtype: Some(dtype),
+        }
     }
     [
         known("F32", 4, Dtype::F32),
@@ -85,12 +93,22 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>, Weigh
     let mut unplaced = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
         if name.len() > MAX_NAME_BYTES {
-            let reason = format!("wanted names of at most {MAX_NAME_BYTES} bytes, found one of {}", name.len());
-            return Err(WeightsError::Header { path: path.to_owned(), reason });
+            let reason = format!(
+                "wanted names of at most {MAX_NAME_BYTES} bytes, found one of {}",
+                name.len()
+            );
+            return Err(WeightsError::Header {
+                path: path.to_owned(),
+                reason,
+            });
         }
         if !names.insert(name.clone()) {
             let file = path.display().to_string();
-            return Err(WeightsError::Duplicate { tensor: name, first: file.clone(), second: file });
+            return Err(WeightsError::Duplicate {
+                tensor: name,
+                first: file.clone(),
+                second: file,
+            });
         }
         let (element, shape) = check_entry(path, &name, &entry)?;
         unplaced.push((name, element, shape, entry.data_offsets));
@@ -98,13 +116,22 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>, Weigh
     let data_end = unplaced.iter().map(|(.., [_, end])| *end).max().unwrap_or(0);
     let wanted = data_end.saturating_add(data_start as u64);
     if wanted > file.len() as u64 {
-        return Err(WeightsError::Truncated { path: path.to_owned(), wanted, found: file.len() as u64 });
+        return Err(WeightsError::Truncated {
+            path: path.to_owned(),
+            wanted,
+            found: file.len() as u64,
+        });
     }
     // Every offset is now within the file, whose length is a usize.
     let place = |[begin, end]: [u64; 2]| data_start + begin as usize..data_start + end as usize;
     let mut tensors: Vec<HeaderTensor> = unplaced
         .into_iter()
-        .map(|(name, element, shape, offsets)| HeaderTensor { name, element, shape, bytes: place(offsets) })
+        .map(|(name, element, shape, offsets)| HeaderTensor {
+            name,
+            element,
+            shape,
+            bytes: place(offsets),
+        })
         .collect();
     tensors.sort_by_key(|tensor| (tensor.bytes.start, tensor.bytes.end));
     check_coverage(path, &tensors, data_start, file.len())?;
@@ -115,7 +142,11 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>, Weigh
 fn header_json<'a>(path: &Path, file: &'a [u8]) -> Result<&'a [u8], WeightsError> {
     let Some((length, rest)) = file.split_first_chunk::<LENGTH_BYTES>() else {
         let found = file.len() as u64;
-        return Err(WeightsError::Truncated { path: path.to_owned(), wanted: LENGTH_BYTES as u64, found });
+        return Err(WeightsError::Truncated {
+            path: path.to_owned(),
+            wanted: LENGTH_BYTES as u64,
+            found,
+        });
     };
     // Pickles begin with 0x80 and a protocol number, torch's later ones are zip files.
     let magic = matches!(file, [0x80, 2..=5, ..] | [b'P', b'K', 3, 4, ..]);
@@ -124,7 +155,11 @@ fn header_json<'a>(path: &Path, file: &'a [u8]) -> Result<&'a [u8], WeightsError
     }
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER_BYTES {
-        return Err(WeightsError::HeaderTooLong { path: path.to_owned(), found: length, limit: MAX_HEADER_BYTES });
+        return Err(WeightsError::HeaderTooLong {
+            path: path.to_owned(),
+            found: length,
+            limit: MAX_HEADER_BYTES,
+        });
     }
     rest.get(..length as usize).ok_or_else(|| WeightsError::Truncated {
         path: path.to_owned(),
@@ -134,7 +169,10 @@ fn header_json<'a>(path: &Path, file: &'a [u8]) -> Result<&'a [u8], WeightsError
 }
 
 fn entries(path: &Path, json: &[u8]) -> Result<Vec<(String, Entry)>, WeightsError> {
-    let refuse = |reason: String| WeightsError::Header { path: path.to_owned(), reason };
+    let refuse = |reason: String| WeightsError::Header {
+        path: path.to_owned(),
+        reason,
+    };
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let Entries(raw) = AtMost::<serde_json::Value>::new(MAX_TENSORS + 1)
         .deserialize(&mut deserializer)
@@ -161,19 +199,41 @@ fn check_entry(path: &Path, name: &str, entry: &Entry) -> Result<(ElementType, V
         return Err(refuse("a known type".to_owned(), format!("{:?}", entry.dtype)));
     };
     if entry.shape.len() > MAX_RANK {
-        return Err(refuse(format!("at most {MAX_RANK} dimensions"), format!("{}", entry.shape.len())));
+        return Err(refuse(
+            format!("at most {MAX_RANK} dimensions"),
+            format!("{}", entry.shape.len()),
+        ));
     }
-    let size = entry.shape.iter().try_fold(element.bytes, |product, &dim| product.checked_mul(dim));
+    let size = entry
+        .shape
+        .iter()
+        .try_fold(element.bytes, |product, &dim| product.checked_mul(dim));
     let [begin, end] = entry.data_offsets;
     let length = end.checked_sub(begin).ok_or_else(|| {
-        refuse("an end of its data after the beginning".to_owned(), format!("{begin}..{end}"))
+        refuse(
+            "an end of its data after the beginning".to_owned(),
+            format!("{begin}..{end}"),
+        )
     })?;
     if size != Some(length) {
-        let size = size.map_or_else(|| "more bytes than can be counted".to_owned(), |size| format!("{size} bytes"));
-        return Err(refuse(format!("{size} for {} {:?}", entry.dtype, entry.shape), format!("{length} bytes")));
+        let size = size.map_or_else(
+            || "more bytes than can be counted".to_owned(),
+            |size| format!("{size} bytes"),
+        );
+        return Err(refuse(
+            format!("{size} for {} {:?}", entry.dtype, entry.shape),
+            format!("{length} bytes"),
+        ));
     }
     // A dimension is at most its tensor's size, unless the tensor is empty.
-    Ok((element, entry.shape.iter().map(|&dim| usize::try_from(dim).unwrap_or(usize::MAX)).collect()))
+    Ok((
+        element,
+        entry
+            .shape
+            .iter()
+            .map(|&dim| usize::try_from(dim).unwrap_or(usize::MAX))
+            .collect(),
+    ))
 }
 
 /// The format allows no byte between tensors, none that two share, and none after the last.
@@ -197,7 +257,10 @@ fn check_coverage(
     }
     if end != file_bytes {
         let reason = format!("wanted {end} bytes in the file for the tensors named, found {file_bytes}");
-        return Err(WeightsError::Header { path: path.to_owned(), reason });
+        return Err(WeightsError::Header {
+            path: path.to_owned(),
+            reason,
+        });
     }
     Ok(())
 }

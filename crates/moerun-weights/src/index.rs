@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde::{
-    Deserialize, Deserializer,
-    de::DeserializeSeed,
-};
+use serde::{Deserialize, Deserializer, de::DeserializeSeed};
 
 use crate::{
     WeightsError,
@@ -46,7 +43,9 @@ pub(crate) fn find(directory: &Directory) -> Result<Layout, WeightsError> {
         Some(text) => parse(&text, directory).map(Layout::Sharded),
         None => Err(match directory.find_pickle() {
             Some(path) => WeightsError::Pickle { path },
-            None => WeightsError::NoWeights { dir: directory.path().to_owned() },
+            None => WeightsError::NoWeights {
+                dir: directory.path().to_owned(),
+            },
         }),
     }
 }
@@ -63,20 +62,32 @@ fn weight_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Entries<Stri
 
 fn parse(text: &str, directory: &Directory) -> Result<Shards, WeightsError> {
     let path = directory.path().join(INDEX);
-    let index: Index = serde_json::from_str(text)
-        .map_err(|error| WeightsError::Index { path: path.clone(), reason: error.to_string() })?;
-    let mut shards = Shards { tensors_by_shard: BTreeMap::new(), shard_by_tensor: HashMap::new() };
+    let index: Index = serde_json::from_str(text).map_err(|error| WeightsError::Index {
+        path: path.clone(),
+        reason: error.to_string(),
+    })?;
+    let mut shards = Shards {
+        tensors_by_shard: BTreeMap::new(),
+        shard_by_tensor: HashMap::new(),
+    };
     for (tensor, shard) in index.weight_map.0 {
         if !is_plain(&shard) {
             return Err(WeightsError::ShardName { name: shard });
         }
         if let Some(first) = shards.shard_by_tensor.insert(tensor.clone(), shard.clone()) {
-            return Err(WeightsError::Duplicate { tensor, first, second: shard });
+            return Err(WeightsError::Duplicate {
+                tensor,
+                first,
+                second: shard,
+            });
         }
         shards.tensors_by_shard.entry(shard).or_default().push(tensor);
     }
     if shards.tensors_by_shard.is_empty() {
-        return Err(WeightsError::Index { path, reason: "weight_map: wanted tensors, found none".to_owned() });
+        return Err(WeightsError::Index {
+            path,
+            reason: "weight_map: wanted tensors, found none".to_owned(),
+        });
     }
     Ok(shards)
 }

@@ -3,27 +3,27 @@
 //! [`Checkpoint::open`] reads `config.json` and the headers of the safetensors files, maps the files, and checks every
 //! tensor against the config; after that a name, shape or type cannot be wrong, and data is read where it lies.
 
-mod checkpoint;
-mod directory;
-mod index;
-mod entries;
-mod header;
-mod store;
-mod tensor_names;
-mod dense_tensors;
-mod expert_tensors;
-mod expected;
-mod verify;
-mod elements;
-mod tensor;
-mod expert;
-mod hashes;
-mod generation_config;
-mod memory;
 mod available_memory;
-mod shapes;
-mod synthesize;
+mod checkpoint;
+mod dense_tensors;
+mod directory;
+mod elements;
+mod entries;
 mod error;
+mod expected;
+mod expert;
+mod expert_tensors;
+mod generation_config;
+mod hashes;
+mod header;
+mod index;
+mod memory;
+mod shapes;
+mod store;
+mod synthesize;
+mod tensor;
+mod tensor_names;
+mod verify;
 
 pub use available_memory::available_memory_bytes;
 pub use checkpoint::{Checkpoint, Needs};
@@ -31,10 +31,10 @@ pub use error::WeightsError;
 pub use expected::{ExpectedTensor, ExpectedTypes, ModelPart, expected_tensors};
 pub use expert::ExpertSource;
 pub use generation_config::GenerationConfig;
+pub use memory::{MemoryNeed, ParameterCounts};
 pub use shapes::{SHAPES, Shape};
 pub use synthesize::{
     DEFAULT_SHARD_BYTES, SynthesizeError, SynthesizeProgress, SynthesizeReport, SynthesizeRequest, synthesize,
 };
-pub use memory::{MemoryNeed, ParameterCounts};
 pub use tensor::{Dtype, MatrixSource};
 pub use tensor_names::{LayerTensor, TensorRole};

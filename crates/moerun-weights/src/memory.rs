@@ -37,8 +37,10 @@ impl MemoryNeed {
     /// Computes the need of `config` with weights held in `format`: matrices in that format, padded to whole panels;
     /// norms, biases and routers in f32.
     pub fn of(config: &ModelConfig, format: NumberFormat) -> Self {
-        let gateway_bytes =
-            dense_tensors(config).iter().map(|(role, shape)| dense_bytes(*role, shape, format)).sum();
+        let gateway_bytes = dense_tensors(config)
+            .iter()
+            .map(|(role, shape)| dense_bytes(*role, shape, format))
+            .sum();
         let expert_bytes = config.moe.as_ref().map_or(0, |moe| expert_bytes(config, moe, format));
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts) as u64;
         MemoryNeed {
@@ -60,7 +62,12 @@ impl ParameterCounts {
         };
         let in_layers = per_expert * config.moe_layers().len() as u64;
         let experts = in_layers * num_experts;
-        ParameterCounts { total: dense + experts, active: dense + in_layers * top_k, experts, per_expert }
+        ParameterCounts {
+            total: dense + experts,
+            active: dense + in_layers * top_k,
+            experts,
+            per_expert,
+        }
     }
 }
 
@@ -94,7 +101,11 @@ fn expert_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat) -> 
 }
 
 fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {
-    let gate_up = if moe.gate_up_bias { 2 * moe.intermediate as u64 } else { 0 };
+    let gate_up = if moe.gate_up_bias {
+        2 * moe.intermediate as u64
+    } else {
+        0
+    };
     let down = if moe.down_bias { config.hidden as u64 } else { 0 };
     gate_up + down
 }

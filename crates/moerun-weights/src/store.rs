@@ -42,7 +42,10 @@ impl TensorStore {
         family: Family,
         may_be_absent: &dyn Fn(&str) -> bool,
     ) -> Result<Self, WeightsError> {
-        let mut store = TensorStore { shards: Vec::new(), tensors: HashMap::new() };
+        let mut store = TensorStore {
+            shards: Vec::new(),
+            tensors: HashMap::new(),
+        };
         match index::find(directory)? {
             Layout::Single(name) => {
                 store.add_shard(directory, name, None)?;
@@ -85,13 +88,18 @@ impl TensorStore {
             }
             match tensors.iter().find(|tensor| !may_be_absent(tensor)) {
                 Some(tensor) => {
-                    return Err(WeightsError::MissingShard { shard: shard.clone(), tensor: tensor.clone() });
+                    return Err(WeightsError::MissingShard {
+                        shard: shard.clone(),
+                        tensor: tensor.clone(),
+                    });
                 }
                 None => tracing::info!(%shard, tensors = tensors.len(), "shard is absent and not needed"),
             }
         }
         for (shard, tensors) in &shards.tensors_by_shard {
-            let Some(position) = self.shards.iter().position(|open| open.name == *shard) else { continue };
+            let Some(position) = self.shards.iter().position(|open| open.name == *shard) else {
+                continue;
+            };
             for tensor in tensors {
                 if self.tensors.get(tensor).is_none_or(|stored| stored.shard != position) {
                     return Err(WeightsError::Misplaced {
@@ -106,13 +114,10 @@ impl TensorStore {
     }
 
     /// Adds the tensors of one file; `false` if there is no such file.
-    fn add_shard(
-        &mut self,
-        directory: &Directory,
-        name: &str,
-        index: Option<&Shards>,
-    ) -> Result<bool, WeightsError> {
-        let Found::File(target) = directory.find(name)? else { return Ok(false) };
+    fn add_shard(&mut self, directory: &Directory, name: &str, index: Option<&Shards>) -> Result<bool, WeightsError> {
+        let Found::File(target) = directory.find(name)? else {
+            return Ok(false);
+        };
         let path = directory.path().join(name);
         let map = directory::map(&target)?;
         let shard = self.shards.len();
@@ -120,23 +125,39 @@ impl TensorStore {
             let tensor = found.name;
             if let Some(first) = self.tensors.get(&tensor) {
                 let first = self.shard_name(first).to_owned();
-                return Err(WeightsError::Duplicate { tensor, first, second: name.to_owned() });
+                return Err(WeightsError::Duplicate {
+                    tensor,
+                    first,
+                    second: name.to_owned(),
+                });
             }
             if let Some(index) = index {
                 let wanted = index.shard_by_tensor.get(&tensor);
                 if wanted.is_none_or(|wanted| wanted != name) {
                     let wanted = wanted.cloned().unwrap_or_else(|| "no shard".to_owned());
-                    return Err(WeightsError::Misplaced { tensor, wanted, found: name.to_owned() });
+                    return Err(WeightsError::Misplaced {
+                        tensor,
+                        wanted,
+                        found: name.to_owned(),
+                    });
                 }
             }
             if self.tensors.len() == MAX_TENSORS {
                 let reason = format!("wanted at most {MAX_TENSORS} tensors in a checkpoint, found more");
                 return Err(WeightsError::Header { path, reason });
             }
-            let stored = StoredTensor { element: found.element, shape: found.shape, shard, bytes: found.bytes };
+            let stored = StoredTensor {
+                element: found.element,
+                shape: found.shape,
+                shard,
+                bytes: found.bytes,
+            };
             self.tensors.insert(tensor, stored);
         }
-        self.shards.push(Shard { name: name.to_owned(), map });
+        self.shards.push(Shard {
+            name: name.to_owned(),
+            map,
+        });
         Ok(true)
     }
 
@@ -146,6 +167,9 @@ impl TensorStore {
             return;
         }
         let tensors = std::mem::take(&mut self.tensors);
-        self.tensors = tensors.into_iter().map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor)).collect();
+        self.tensors = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name[prefix.len()..].to_owned(), tensor))
+            .collect();
     }
 }

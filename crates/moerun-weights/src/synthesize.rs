@@ -148,7 +148,10 @@ pub enum SynthesizeError {
 
 impl SynthesizeError {
     fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
-        move |source| SynthesizeError::Io { path: path.to_owned(), source }
+        move |source| SynthesizeError::Io {
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -179,7 +182,11 @@ fn synthesize_with_space(
     let needed_bytes = weight_bytes + (text_bytes + 2 * header_bytes) as u64 + (1 << 20);
     let available_bytes = available_bytes(parent).map_err(SynthesizeError::io(parent))?;
     if available_bytes < needed_bytes {
-        return Err(SynthesizeError::NoSpace { path: request.out.to_owned(), needed_bytes, available_bytes });
+        return Err(SynthesizeError::NoSpace {
+            path: request.out.to_owned(),
+            needed_bytes,
+            available_bytes,
+        });
     }
 
     let staging = Staging::create(request.out)?;
@@ -196,7 +203,10 @@ fn synthesize_with_space(
 fn planned_tensors(config: &ModelConfig) -> Vec<PlannedTensor> {
     expected_tensors(config)
         .into_iter()
-        .map(|tensor| PlannedTensor { name: tensor.name, shape: tensor.shape })
+        .map(|tensor| PlannedTensor {
+            name: tensor.name,
+            shape: tensor.shape,
+        })
         .collect()
 }
 
@@ -210,11 +220,18 @@ fn write_weights(
     for plan in plans {
         let progress = |shard_bytes| {
             if let Some(progress) = request.progress {
-                progress(SynthesizeProgress { written_bytes: before_bytes + shard_bytes, total_bytes });
+                progress(SynthesizeProgress {
+                    written_bytes: before_bytes + shard_bytes,
+                    total_bytes,
+                });
             }
         };
-        let writing =
-            Writing { seed: request.seed, dtype: request.dtype, progress: &progress, interrupted: request.interrupted };
+        let writing = Writing {
+            seed: request.seed,
+            dtype: request.dtype,
+            progress: &progress,
+            interrupted: request.interrupted,
+        };
         shards::write(&staging.path().join(&plan.file), plan, &writing)?;
         before_bytes += plan.data_bytes;
     }

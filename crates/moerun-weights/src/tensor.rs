@@ -107,14 +107,36 @@ impl<'a> MatrixSource<'a> {
     pub(crate) fn plain(dtype: Dtype, bytes: &'a [u8], [rows, cols]: [usize; 2], strides: Strides) -> Self {
         debug_assert!(matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16));
         let last = strides.first + (rows.max(1) - 1) * strides.row + (cols.max(1) - 1) * strides.col;
-        assert!((last + 1) * dtype.bytes() <= bytes.len(), "a matrix lies within its tensor");
-        let plain = Plain { dtype, bytes, first: strides.first, row_stride: strides.row, col_stride: strides.col };
-        MatrixSource { rows, cols, stored: Stored::Plain(plain) }
+        assert!(
+            (last + 1) * dtype.bytes() <= bytes.len(),
+            "a matrix lies within its tensor"
+        );
+        let plain = Plain {
+            dtype,
+            bytes,
+            first: strides.first,
+            row_stride: strides.row,
+            col_stride: strides.col,
+        };
+        MatrixSource {
+            rows,
+            cols,
+            stored: Stored::Plain(plain),
+        }
     }
 
     /// A whole plain tensor `[rows, cols]`.
     pub(crate) fn row_major(dtype: Dtype, bytes: &'a [u8], [rows, cols]: [usize; 2]) -> Self {
-        Self::plain(dtype, bytes, [rows, cols], Strides { first: 0, row: cols, col: 1 })
+        Self::plain(
+            dtype,
+            bytes,
+            [rows, cols],
+            Strides {
+                first: 0,
+                row: cols,
+                col: 1,
+            },
+        )
     }
 
     /// fp8 codes `[rows, cols]` with an f32 scale per block.
@@ -125,8 +147,21 @@ impl<'a> MatrixSource<'a> {
         [block_rows, block_cols]: [usize; 2],
     ) -> Self {
         assert_eq!(codes.len(), rows * cols, "one code per element");
-        assert_eq!(scales.len(), 4 * rows.div_ceil(block_rows) * cols.div_ceil(block_cols), "one scale per block");
-        MatrixSource { rows, cols, stored: Stored::Fp8(Fp8 { codes, scales, block_rows, block_cols }) }
+        assert_eq!(
+            scales.len(),
+            4 * rows.div_ceil(block_rows) * cols.div_ceil(block_cols),
+            "one scale per block"
+        );
+        MatrixSource {
+            rows,
+            cols,
+            stored: Stored::Fp8(Fp8 {
+                codes,
+                scales,
+                block_rows,
+                block_cols,
+            }),
+        }
     }
 
     /// Every `row_step`-th row, from `first_row`, of 4-bit codes `[stored rows, cols / 32, 16]` with their exponents.
@@ -139,8 +174,20 @@ impl<'a> MatrixSource<'a> {
     ) -> Self {
         let end = first_row + (rows.max(1) - 1) * row_step + 1;
         assert!(cols.is_multiple_of(MXFP4_GROUP), "whole groups");
-        assert!(codes.len() >= end * cols / 2 && exponents.len() >= end * cols / MXFP4_GROUP, "rows within the tensor");
-        MatrixSource { rows, cols, stored: Stored::Mxfp4(Mxfp4 { codes, exponents, first_row, row_step }) }
+        assert!(
+            codes.len() >= end * cols / 2 && exponents.len() >= end * cols / MXFP4_GROUP,
+            "rows within the tensor"
+        );
+        MatrixSource {
+            rows,
+            cols,
+            stored: Stored::Mxfp4(Mxfp4 {
+                codes,
+                exponents,
+                first_row,
+                row_step,
+            }),
+        }
     }
 
     /// Output features.
@@ -167,7 +214,11 @@ impl<'a> MatrixSource<'a> {
     /// # Panics
     /// If the matrix has no such row or `out` is not a row of it.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        assert_eq!(out.len(), self.cols, "a row has as many elements as the matrix has columns");
+        assert_eq!(
+            out.len(),
+            self.cols,
+            "a row has as many elements as the matrix has columns"
+        );
         self.read_row_part(row, 0, out);
     }
 
@@ -195,7 +246,9 @@ impl<'a> MatrixSource<'a> {
         self.check(first..first + count, 0..self.cols);
         match &self.stored {
             Stored::Plain(plain) if plain.row_stride < plain.col_stride => plain.read_by_columns(first, self.cols, out),
-            _ => (first..).zip(out.chunks_exact_mut(self.cols)).for_each(|(row, out)| self.read_row(row, out)),
+            _ => (first..)
+                .zip(out.chunks_exact_mut(self.cols))
+                .for_each(|(row, out)| self.read_row(row, out)),
         }
     }
 
@@ -256,7 +309,11 @@ impl Plain<'_> {
         for col in 0..cols {
             let start = self.first + first * self.row_stride + col * self.col_stride;
             let bytes = &self.bytes[start * E::BYTES..];
-            for (out, bytes) in out[col..].iter_mut().step_by(cols).zip(bytes.chunks(self.row_stride * E::BYTES)) {
+            for (out, bytes) in out[col..]
+                .iter_mut()
+                .step_by(cols)
+                .zip(bytes.chunks(self.row_stride * E::BYTES))
+            {
                 *out = E::read(bytes);
             }
         }
@@ -289,14 +346,14 @@ impl Plain<'_> {
 
 impl Fp8<'_> {
     fn read(&self, row: usize, first: usize, cols: usize, out: &mut [f32]) {
-        let codes = &self.codes[row * cols + first..][..out.len()];
+        let (values, codes) = (&*E4M3, &self.codes[row * cols + first..][..out.len()]);
         let mut done = 0;
         while done < out.len() {
             let block = (first + done) / self.block_cols;
             let end = ((block + 1) * self.block_cols - first).min(out.len());
             let scale = F32::read(self.scale_bytes(row / self.block_rows, block..block + 1, cols));
             for (out, &code) in out[done..end].iter_mut().zip(&codes[done..end]) {
-                *out = E4M3[usize::from(code)] * scale;
+                *out = values[usize::from(code)] * scale;
             }
             done = end;
         }

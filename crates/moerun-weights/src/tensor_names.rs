@@ -80,7 +80,11 @@ pub(crate) fn name(family: Family, role: TensorRole) -> String {
         TensorRole::FinalNorm => "model.norm.weight".to_owned(),
         TensorRole::FinalNormBias => "model.norm.bias".to_owned(),
         TensorRole::Layer(layer, tensor) => {
-            format!("model.layers.{layer}.{}{}", block(family, tensor), within_block(family, tensor))
+            format!(
+                "model.layers.{layer}.{}{}",
+                block(family, tensor),
+                within_block(family, tensor)
+            )
         }
     }
 }

@@ -58,13 +58,19 @@ pub(crate) fn verify(
 
 fn missing(tensor: &str, wanted: &[usize], found: Option<&str>) -> WeightsError {
     let found = found.map_or_else(|| "nothing".to_owned(), |name| format!("an unexpected tensor {name}"));
-    WeightsError::Missing { tensor: tensor.to_owned(), wanted: wanted.to_vec(), found }
+    WeightsError::Missing {
+        tensor: tensor.to_owned(),
+        wanted: wanted.to_vec(),
+        found,
+    }
 }
 
 /// Which of the tensors shares most of the beginning of a name: what the missing one may be called here.
 fn most_similar<'a>(name: &str, others: impl Iterator<Item = (&'a str, &'a StoredTensor)>) -> Option<&'a str> {
     let shared = |other: &str| name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-    others.map(|(other, _)| other).max_by_key(|other| (shared(other), std::cmp::Reverse(*other)))
+    others
+        .map(|(other, _)| other)
+        .max_by_key(|other| (shared(other), std::cmp::Reverse(*other)))
 }
 
 /// Tensors that are neither known nor extras of the family.
@@ -73,13 +79,20 @@ fn unexpected<'a>(
     config: &'a ModelConfig,
     known: &'a HashSet<String>,
 ) -> impl Iterator<Item = (&'a str, &'a StoredTensor)> {
-    store.iter().filter(move |(name, _)| !known.contains(*name) && !is_known_extra(config, name))
+    store
+        .iter()
+        .filter(move |(name, _)| !known.contains(*name) && !is_known_extra(config, name))
 }
 
 fn log_extras(store: &TensorStore, known: &HashSet<String>) {
     let extras = || store.iter().map(|(name, _)| name).filter(|name| !known.contains(*name));
     if let (Some(first), Some(last)) = (extras().min(), extras().max()) {
-        tracing::info!(count = extras().count(), first, last, "tensors that this family may carry are skipped");
+        tracing::info!(
+            count = extras().count(),
+            first,
+            last,
+            "tensors that this family may carry are skipped"
+        );
     }
 }
 
@@ -87,7 +100,11 @@ fn check(tensor: &ExpectedTensor, stored: &StoredTensor) -> Result<Dtype, Weight
     check_shape(&tensor.name, &tensor.shape, stored)?;
     match stored.element.dtype {
         Some(dtype) if tensor.types.allow(dtype) => Ok(dtype),
-        _ => Err(WeightsError::wrong_type(&tensor.name, tensor.types.wanted(), stored.element.name)),
+        _ => Err(WeightsError::wrong_type(
+            &tensor.name,
+            tensor.types.wanted(),
+            stored.element.name,
+        )),
     }
 }
 
@@ -96,16 +113,29 @@ fn check_shape(name: &str, wanted: &[usize], stored: &StoredTensor) -> Result<()
         return Ok(());
     }
     let (wanted, found) = (wanted.to_vec(), stored.shape.clone());
-    Err(WeightsError::Shape { tensor: name.to_owned(), wanted, found })
+    Err(WeightsError::Shape {
+        tensor: name.to_owned(),
+        wanted,
+        found,
+    })
 }
 
 /// The scales of an fp8 tensor: one f32 per block, the last blocks may be short.
 fn check_scales(store: &TensorStore, tensor: &ExpectedTensor) -> Result<String, WeightsError> {
     let name = scale_name(&tensor.name);
-    let (&[rows, cols], ExpectedTypes::PlainOrFp8 { rows: block_rows, cols: block_cols }) =
-        (&tensor.shape[..], tensor.types)
+    let (
+        &[rows, cols],
+        ExpectedTypes::PlainOrFp8 {
+            rows: block_rows,
+            cols: block_cols,
+        },
+    ) = (&tensor.shape[..], tensor.types)
     else {
-        return Err(WeightsError::wrong_type(&tensor.name, crate::error::PLAIN_TYPES, Dtype::F8E4M3));
+        return Err(WeightsError::wrong_type(
+            &tensor.name,
+            crate::error::PLAIN_TYPES,
+            Dtype::F8E4M3,
+        ));
     };
     let shape = [rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
     let stored = store.get(&name).ok_or_else(|| missing(&name, &shape, None))?;

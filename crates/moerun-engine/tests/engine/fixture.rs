@@ -79,7 +79,9 @@ impl Fixture {
             combine: CombineMode::Exact,
             combine_block: COMBINE_BLOCK,
         };
-        let slices = ShardSpec::All.resolve(checkpoint.config(), &numerics).expect("the whole model");
+        let slices = ShardSpec::All
+            .resolve(checkpoint.config(), &numerics)
+            .expect("the whole model");
         let bank = ExpertBank::load(&checkpoint, &slices, numerics, &mut |_, _| {}).expect("the experts load");
         let model = Model::load(&checkpoint, format, &mut |_, _| {}).expect("the model loads");
         let pool = Arc::new(CpuPool::new(2));

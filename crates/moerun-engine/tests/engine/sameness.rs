@@ -23,8 +23,8 @@ fn requests(fixture: &Fixture, count: usize) -> Vec<GenerateRequest> {
         GenerateRequest {
             prompt_ids: prompt[..length].to_vec(),
             max_tokens: 8 + index * 3 % 20,
-            stop_token_ids: if index % 4 == 0 { vec![51] } else { Vec::new() },
-            sampling: if index % 3 == 0 { GREEDY } else { sampled },
+            stop_token_ids: if index.is_multiple_of(4) { vec![51] } else { Vec::new() },
+            sampling: if index.is_multiple_of(3) { GREEDY } else { sampled },
             logprobs: [None, Some(0), Some(5)][index % 3],
         }
     };
@@ -153,6 +153,27 @@ async fn a_sequence_that_outgrows_the_short_longrope_factors_goes_on_with_the_lo
         tokens.push(id);
     }
     assert!(tokens.len() > 132);
+}
+
+#[tokio::test]
+async fn a_repetition_penalty_covers_prompt_and_output() {
+    let fixture = Fixture::load("qwen3_moe");
+    let engine = fixture.start(CONFIG);
+    // So large that no token comes twice while any other has a positive logit.
+    let sampling = SamplingParams {
+        repetition_penalty: 1e9,
+        ..GREEDY
+    };
+    let request = GenerateRequest {
+        sampling,
+        ..greedy(fixture.prompt(0), 24)
+    };
+    let completion = generate(&engine.handle(), request).await;
+    let mut seen = fixture.prompt(0);
+    for id in completion.ids {
+        assert!(!seen.contains(&id), "{id} comes again");
+        seen.push(id);
+    }
 }
 
 #[tokio::test]

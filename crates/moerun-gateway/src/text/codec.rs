@@ -1,6 +1,9 @@
 //! A checkpoint's tokenizer and chat template.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use tokenizers::Tokenizer;
 
@@ -30,9 +33,9 @@ struct Inner {
 /// What became of the chat template. One that does not compile is an error of chats only.
 #[derive(Debug)]
 enum Chat {
-    Template(ChatTemplate),
-    Absent { dir: std::path::PathBuf },
-    Broken { path: std::path::PathBuf, reason: String },
+    Template(Box<ChatTemplate>),
+    Absent { dir: PathBuf },
+    Broken { path: PathBuf, reason: String },
 }
 
 impl TextCodec {
@@ -172,7 +175,7 @@ fn read_chat_template(dir: &Path, config: &TokenizerConfig) -> Result<Chat, Gate
         (None, None) => return Ok(Chat::Absent { dir: dir.to_owned() }),
     };
     Ok(match ChatTemplate::compile(&source, config.template_variables()) {
-        Ok(template) => Chat::Template(template),
+        Ok(template) => Chat::Template(Box::new(template)),
         Err(reason) => {
             tracing::warn!(path = %path.display(), reason, "the chat template does not compile; chats will be refused");
             Chat::Broken { path, reason }

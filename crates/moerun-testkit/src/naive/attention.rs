@@ -12,12 +12,7 @@ use super::{
 use crate::{Family, TestkitError};
 
 /// `[tokens, hidden]` in and out.
-pub(crate) fn attention(
-    config: &Config,
-    weights: &Weights,
-    layer: usize,
-    input: &Rows,
-) -> Result<Rows, TestkitError> {
+pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input: &Rows) -> Result<Rows, TestkitError> {
     let hidden = config.size("hidden_size")?;
     let heads = config.size("num_attention_heads")?;
     let kv_heads = config.size_or("num_key_value_heads", heads)?;
@@ -50,12 +45,18 @@ pub(crate) fn attention(
                 Err(error) => Some(Err(error)),
             });
             let visible = visible.collect::<Result<Vec<usize>, _>>()?;
-            let mut scores: Vec<f64> =
-                visible.iter().map(|&key| scale * dot(&queries[token][head], &keys[key][kv_head])).collect();
+            let mut scores: Vec<f64> = visible
+                .iter()
+                .map(|&key| scale * dot(&queries[token][head], &keys[key][kv_head]))
+                .collect();
             scores.extend(sinks.map(|sinks| sinks[head]));
             let probabilities = softmax(&scores); // a sink's share comes last and meets no value
             row.extend((0..head_dim).map(|i| {
-                visible.iter().zip(&probabilities).map(|(&key, p)| p * values[key][kv_head][i]).sum::<f64>()
+                visible
+                    .iter()
+                    .zip(&probabilities)
+                    .map(|(&key, p)| p * values[key][kv_head][i])
+                    .sum::<f64>()
             }));
         }
         attended.push(row);
@@ -92,7 +93,9 @@ fn project(
             rows = rows.iter().map(|row| rms_norm(row, Some(norm), epsilon)).collect();
         }
         if let Some(limit) = config.optional_float("clip_qkv")? {
-            rows.iter_mut().flatten().for_each(|value| *value = value.clamp(-limit, limit));
+            rows.iter_mut()
+                .flatten()
+                .for_each(|value| *value = value.clamp(-limit, limit));
         }
     }
     Ok(rows)
@@ -100,7 +103,9 @@ fn project(
 
 /// `[tokens, heads, head_dim]`.
 fn split(rows: &Rows, head_dim: usize) -> Vec<Rows> {
-    rows.iter().map(|row| row.chunks_exact(head_dim).map(<[f64]>::to_vec).collect()).collect()
+    rows.iter()
+        .map(|row| row.chunks_exact(head_dim).map(<[f64]>::to_vec).collect())
+        .collect()
 }
 
 /// What is done to query (`"q"`) and key (`"k"`) heads: norm, rotary, norm again, temperature.
@@ -185,7 +190,11 @@ fn sees(config: &Config, layer: usize, query: usize, key: usize) -> Result<bool,
         Family::Mixtral | Family::PhiMoe => config.optional_size("sliding_window")?,
         Family::GptOss => {
             let sliding = listed.map_or(layer.is_multiple_of(2), |listed| listed == "sliding_attention");
-            if sliding { config.optional_size("sliding_window")? } else { None }
+            if sliding {
+                config.optional_size("sliding_window")?
+            } else {
+                None
+            }
         }
         Family::Qwen2Moe | Family::Qwen3Moe | Family::Qwen3 if config.flag_or("use_sliding_window", false)? => {
             let sliding = match (listed, config.family) {
@@ -193,7 +202,11 @@ fn sees(config: &Config, layer: usize, query: usize, key: usize) -> Result<bool,
                 (None, Family::Qwen3Moe) => true,
                 (None, _) => layer >= config.size_or("max_window_layers", 28)?,
             };
-            if sliding { config.optional_size("sliding_window")? } else { None }
+            if sliding {
+                config.optional_size("sliding_window")?
+            } else {
+                None
+            }
         }
         _ => None,
     };

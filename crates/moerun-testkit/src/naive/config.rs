@@ -15,11 +15,15 @@ pub(crate) struct Config {
 impl Config {
     pub(crate) fn read(path: &Path) -> Result<Self, TestkitError> {
         let text = fs::read_to_string(path).map_err(TestkitError::io(path))?;
-        let json: Value = serde_json::from_str(&text)
-            .map_err(|source| TestkitError::Json { path: path.to_path_buf(), source })?;
+        let json: Value = serde_json::from_str(&text).map_err(|source| TestkitError::Json {
+            path: path.to_path_buf(),
+            source,
+        })?;
         let model_type = json["model_type"].as_str().unwrap_or_default();
-        let family = Family::from_model_type(model_type)
-            .ok_or_else(|| TestkitError::Unknown { what: "model_type", name: model_type.to_owned() })?;
+        let family = Family::from_model_type(model_type).ok_or_else(|| TestkitError::Unknown {
+            what: "model_type",
+            name: model_type.to_owned(),
+        })?;
         Ok(Config { family, json })
     }
 
@@ -30,12 +34,18 @@ impl Config {
 
     pub(crate) fn optional_size(&self, field: &str) -> Result<Option<usize>, TestkitError> {
         self.get(field)
-            .map(|value| value.as_u64().map(|size| size as usize).ok_or_else(|| wrong(field, value, "a size")))
+            .map(|value| {
+                value
+                    .as_u64()
+                    .map(|size| size as usize)
+                    .ok_or_else(|| wrong(field, value, "a size"))
+            })
             .transpose()
     }
 
     pub(crate) fn size(&self, field: &str) -> Result<usize, TestkitError> {
-        self.optional_size(field)?.ok_or_else(|| wrong(field, &Value::Null, "a size"))
+        self.optional_size(field)?
+            .ok_or_else(|| wrong(field, &Value::Null, "a size"))
     }
 
     pub(crate) fn size_or(&self, field: &str, default: usize) -> Result<usize, TestkitError> {
@@ -43,11 +53,14 @@ impl Config {
     }
 
     pub(crate) fn optional_float(&self, field: &str) -> Result<Option<f64>, TestkitError> {
-        self.get(field).map(|value| value.as_f64().ok_or_else(|| wrong(field, value, "a number"))).transpose()
+        self.get(field)
+            .map(|value| value.as_f64().ok_or_else(|| wrong(field, value, "a number")))
+            .transpose()
     }
 
     pub(crate) fn float(&self, field: &str) -> Result<f64, TestkitError> {
-        self.optional_float(field)?.ok_or_else(|| wrong(field, &Value::Null, "a number"))
+        self.optional_float(field)?
+            .ok_or_else(|| wrong(field, &Value::Null, "a number"))
     }
 
     pub(crate) fn float_or(&self, field: &str, default: f64) -> Result<f64, TestkitError> {
@@ -72,7 +85,12 @@ impl Config {
 
     /// Whether an array of numbers holds `number`; `None` if there is no such array.
     fn lists(&self, field: &str, number: usize) -> Option<bool> {
-        Some(self.get(field)?.as_array()?.iter().any(|entry| entry.as_u64() == Some(number as u64)))
+        Some(
+            self.get(field)?
+                .as_array()?
+                .iter()
+                .any(|entry| entry.as_u64() == Some(number as u64)),
+        )
     }
 
     /// A field of `rope_parameters` (transformers 5) or `rope_scaling` (the Hub's older configs).
@@ -95,7 +113,10 @@ impl Config {
     }
 
     pub(crate) fn rope_type(&self) -> &str {
-        self.rope("rope_type").or_else(|| self.rope("type")).and_then(Value::as_str).unwrap_or("default")
+        self.rope("rope_type")
+            .or_else(|| self.rope("type"))
+            .and_then(Value::as_str)
+            .unwrap_or("default")
     }
 
     pub(crate) fn head_dim(&self) -> Result<usize, TestkitError> {
@@ -104,7 +125,12 @@ impl Config {
     }
 
     pub(crate) fn num_experts(&self) -> Result<usize, TestkitError> {
-        for field in ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"] {
+        for field in [
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+        ] {
             if let Some(count) = self.optional_size(field)? {
                 return Ok(count);
             }
@@ -113,7 +139,11 @@ impl Config {
     }
 
     pub(crate) fn top_k(&self) -> Result<usize, TestkitError> {
-        self.size(if self.family == Family::Ernie45Moe { "moe_k" } else { "num_experts_per_tok" })
+        self.size(if self.family == Family::Ernie45Moe {
+            "moe_k"
+        } else {
+            "num_experts_per_tok"
+        })
     }
 
     pub(crate) fn expert_intermediate(&self) -> Result<usize, TestkitError> {
@@ -130,7 +160,11 @@ impl Config {
 
     /// Width of the dense feed-forward of a layer without experts.
     pub(crate) fn dense_intermediate(&self) -> Result<usize, TestkitError> {
-        self.size(if self.family == Family::Llama4Text { "intermediate_size_mlp" } else { "intermediate_size" })
+        self.size(if self.family == Family::Llama4Text {
+            "intermediate_size_mlp"
+        } else {
+            "intermediate_size"
+        })
     }
 
     pub(crate) fn is_moe_layer(&self, layer: usize) -> Result<bool, TestkitError> {
@@ -170,5 +204,9 @@ impl Config {
 }
 
 fn wrong(field: &str, found: &Value, wanted: &'static str) -> TestkitError {
-    TestkitError::Field { field: field.to_owned(), wanted, found: found.to_string() }
+    TestkitError::Field {
+        field: field.to_owned(),
+        wanted,
+        found: found.to_string(),
+    }
 }

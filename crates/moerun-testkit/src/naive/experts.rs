@@ -23,7 +23,11 @@ impl FeedForward<'_> {
     fn forward(&self, config: &Config, x: &[f64]) -> Result<Vec<f64>, TestkitError> {
         let gate = linear(&self.gate, self.gate_bias.as_deref(), x);
         let up = linear(&self.up, self.up_bias.as_deref(), x);
-        let gated = gate.iter().zip(&up).map(|(&gate, &up)| glu(config, gate, up)).collect::<Result<Vec<_>, _>>()?;
+        let gated = gate
+            .iter()
+            .zip(&up)
+            .map(|(&gate, &up)| glu(config, gate, up))
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(linear(&self.down, self.down_bias, &gated))
     }
 }
@@ -44,7 +48,12 @@ fn glu(config: &Config, gate: f64, up: f64) -> Result<f64, TestkitError> {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
             0.5 * gate * (1.0 + inner.tanh())
         }
-        other => return Err(TestkitError::Unknown { what: "hidden_act", name: other.to_owned() }),
+        other => {
+            return Err(TestkitError::Unknown {
+                what: "hidden_act",
+                name: other.to_owned(),
+            });
+        }
     };
     Ok(activated * up)
 }
@@ -68,14 +77,19 @@ pub(crate) fn mixture(
     for expert in 0..config.num_experts()? {
         let mut network = None; // read once, and only if some token takes it
         for (token, choice) in choices.iter().enumerate() {
-            let Some(place) = choice.ids.iter().position(|&id| id == expert) else { continue };
+            let Some(place) = choice.ids.iter().position(|&id| id == expert) else {
+                continue;
+            };
             let network = match &network {
                 Some(network) => network,
                 None => network.insert(routed(config, weights, layer, expert)?),
             };
             let weight = choice.weights[place];
-            let (on_input, on_output) =
-                if config.family == Family::Llama4Text { (weight, 1.0) } else { (1.0, weight) };
+            let (on_input, on_output) = if config.family == Family::Llama4Text {
+                (weight, 1.0)
+            } else {
+                (1.0, weight)
+            };
             let scaled: Vec<f64> = input[token].iter().map(|value| value * on_input).collect();
             add(&mut output[token], &network.forward(config, &scaled)?, on_output);
         }
@@ -85,7 +99,9 @@ pub(crate) fn mixture(
 }
 
 fn add(row: &mut [f64], other: &[f64], factor: f64) {
-    row.iter_mut().zip(other).for_each(|(value, other)| *value += factor * other);
+    row.iter_mut()
+        .zip(other)
+        .for_each(|(value, other)| *value += factor * other);
 }
 
 /// Adds the experts that every token takes, where the family has them.
@@ -189,9 +205,13 @@ fn routed<'a>(
         }
         Family::GptOss | Family::Llama4Text => {
             let name = format!("{prefix}.experts.gate_up_proj");
-            let gate_up = weights.matrix_of_stack(&name, expert, [experts, hidden, 2 * width])?.transposed();
+            let gate_up = weights
+                .matrix_of_stack(&name, expert, [experts, hidden, 2 * width])?
+                .transposed();
             let name = format!("{prefix}.experts.down_proj");
-            let down = weights.matrix_of_stack(&name, expert, [experts, width, hidden])?.transposed();
+            let down = weights
+                .matrix_of_stack(&name, expert, [experts, width, hidden])?
+                .transposed();
             if config.family == Family::Llama4Text {
                 return Ok(FeedForward {
                     gate: gate_up.select_rows(|row| row < width),

@@ -40,12 +40,7 @@ pub(crate) fn router_logits(
 }
 
 /// One token's choice from its router logits.
-pub(crate) fn choose(
-    config: &Config,
-    weights: &Weights,
-    layer: usize,
-    logits: &[f64],
-) -> Result<Choice, TestkitError> {
+pub(crate) fn choose(config: &Config, weights: &Weights, layer: usize, logits: &[f64]) -> Result<Choice, TestkitError> {
     let k = config.top_k()?;
     let prefix = config.feed_forward_prefix(layer);
     let experts = logits.len();
@@ -65,8 +60,15 @@ pub(crate) fn choose(
         }
         Family::GraniteMoe | Family::GptOss => {
             let taken = best(logits, k);
-            let kept: Vec<f64> =
-                (0..experts).map(|id| if taken.ids.contains(&id) { logits[id] } else { f64::NEG_INFINITY }).collect();
+            let kept: Vec<f64> = (0..experts)
+                .map(|id| {
+                    if taken.ids.contains(&id) {
+                        logits[id]
+                    } else {
+                        f64::NEG_INFINITY
+                    }
+                })
+                .collect();
             let shares = softmax(&kept);
             taken.with_weights(|id| shares[id])
         }
@@ -79,7 +81,12 @@ pub(crate) fn choose(
                     best(&kept, k).at_most(margin)
                 }
                 "greedy" => best(&scores, k),
-                other => return Err(TestkitError::Unknown { what: "topk_method", name: other.to_owned() }),
+                other => {
+                    return Err(TestkitError::Unknown {
+                        what: "topk_method",
+                        name: other.to_owned(),
+                    });
+                }
             };
             let scaling = config.float_or("routed_scaling_factor", 1.0)?;
             taken.with_weights(|id| scores[id] * scaling)
@@ -91,7 +98,11 @@ pub(crate) fn choose(
             let (kept, margin) = keep_groups(config, &corrected, 2, f64::NEG_INFINITY)?;
             let taken = best(&kept, k).at_most(margin);
             let renormalise = config.flag_or("norm_topk_prob", true)?;
-            let divisor = if renormalise { sum_at(&scores, &taken.ids) + 1e-20 } else { 1.0 };
+            let divisor = if renormalise {
+                sum_at(&scores, &taken.ids) + 1e-20
+            } else {
+                1.0
+            };
             let scaling = config.float_or("routed_scaling_factor", 1.0)?;
             taken.with_weights(|id| scores[id] / divisor * scaling)
         }
@@ -105,7 +116,10 @@ pub(crate) fn choose(
         }
         Family::Llama4Text => best(logits, k).with_weights(|id| sigmoid(logits[id])),
         Family::Llama | Family::Qwen3 => {
-            return Err(TestkitError::Unknown { what: "gate of a dense family", name: prefix });
+            return Err(TestkitError::Unknown {
+                what: "gate of a dense family",
+                name: prefix,
+            });
         }
     })
 }
@@ -117,12 +131,19 @@ struct Taken {
 
 impl Taken {
     fn at_most(self, margin: f64) -> Self {
-        Taken { margin: self.margin.min(margin), ..self }
+        Taken {
+            margin: self.margin.min(margin),
+            ..self
+        }
     }
 
     fn with_weights(self, weight: impl Fn(usize) -> f64) -> Choice {
         let weights = self.ids.iter().map(|&id| weight(id)).collect();
-        Choice { ids: self.ids, weights, margin: self.margin }
+        Choice {
+            ids: self.ids,
+            weights,
+            margin: self.margin,
+        }
     }
 }
 
@@ -145,18 +166,19 @@ fn sum_at(scores: &[f64], ids: &[usize]) -> f64 {
 
 /// Scores with everything outside the best `topk_group` groups set to `outside`, and by how much those groups won.
 /// A group scores the sum of its `of_best` largest.
-fn keep_groups(
-    config: &Config,
-    scores: &[f64],
-    of_best: usize,
-    outside: f64,
-) -> Result<(Vec<f64>, f64), TestkitError> {
+fn keep_groups(config: &Config, scores: &[f64], of_best: usize, outside: f64) -> Result<(Vec<f64>, f64), TestkitError> {
     let groups = config.size_or("n_group", 1)?;
     let group_size = scores.len() / groups;
     let group_score = |group: &[f64]| sum_at(group, &best(group, of_best.min(group.len())).ids);
     let group_scores: Vec<f64> = scores.chunks_exact(group_size).map(group_score).collect();
     let taken = best(&group_scores, config.size_or("topk_group", groups)?);
-    let keep = |(id, &score): (usize, &f64)| if taken.ids.contains(&(id / group_size)) { score } else { outside };
+    let keep = |(id, &score): (usize, &f64)| {
+        if taken.ids.contains(&(id / group_size)) {
+            score
+        } else {
+            outside
+        }
+    };
     Ok((scores.iter().enumerate().map(keep).collect(), taken.margin))
 }
 
@@ -175,7 +197,9 @@ fn sparse_mixer(scores: &[f64], jitter: f64) -> Choice {
     // Crossing the mask's border changes a weight as abruptly as another winner would.
     let border = |winner: usize| {
         let distances = scores.iter().map(|&score| distance(scores[winner], score));
-        distances.map(|distance| (distance - 2.0 * jitter).abs()).fold(f64::INFINITY, f64::min)
+        distances
+            .map(|distance| (distance - 2.0 * jitter).abs())
+            .fold(f64::INFINITY, f64::min)
     };
     let first = argmax(scores);
     let first_weight = weigh(first, scores);
@@ -184,8 +208,16 @@ fn sparse_mixer(scores: &[f64], jitter: f64) -> Choice {
     let second = argmax(&rest);
     let second_weight = weigh(second, &rest);
 
-    let margin = best(scores, 1).margin.min(best(scores, 2).margin).min(border(first)).min(border(second));
+    let margin = best(scores, 1)
+        .margin
+        .min(best(scores, 2).margin)
+        .min(border(first))
+        .min(border(second));
     let mut pairs = [(first, first_weight), (second, second_weight)];
     pairs.sort_by_key(|pair| pair.0);
-    Choice { ids: pairs.map(|pair| pair.0).to_vec(), weights: pairs.map(|pair| pair.1).to_vec(), margin }
+    Choice {
+        ids: pairs.map(|pair| pair.0).to_vec(),
+        weights: pairs.map(|pair| pair.1).to_vec(),
+        margin,
+    }
 }

@@ -13,12 +13,7 @@ use crate::TestkitError;
 const LATENT_NORM_EPSILON: f64 = 1e-6;
 
 /// `[tokens, hidden]` in and out.
-pub(crate) fn attention(
-    config: &Config,
-    weights: &Weights,
-    layer: usize,
-    input: &Rows,
-) -> Result<Rows, TestkitError> {
+pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input: &Rows) -> Result<Rows, TestkitError> {
     let hidden = config.size("hidden_size")?;
     let heads = config.size("num_attention_heads")?;
     let nope = config.size("qk_nope_head_dim")?;
@@ -29,17 +24,35 @@ pub(crate) fn attention(
     let rotary = Rotary::new(config, rope, input.len())?;
 
     let queries = queries(config, weights, &prefix, heads * (nope + rope), input)?;
-    let down = weights.matrix(&format!("{prefix}.kv_a_proj_with_mqa.weight"), latent_dim + rope, hidden)?;
-    let down_bias = optional_bias(config, weights, &format!("{prefix}.kv_a_proj_with_mqa.bias"), latent_dim + rope)?;
+    let down = weights.matrix(
+        &format!("{prefix}.kv_a_proj_with_mqa.weight"),
+        latent_dim + rope,
+        hidden,
+    )?;
+    let down_bias = optional_bias(
+        config,
+        weights,
+        &format!("{prefix}.kv_a_proj_with_mqa.bias"),
+        latent_dim + rope,
+    )?;
     let latent_norm = weights.vector(&format!("{prefix}.kv_a_layernorm.weight"), latent_dim)?;
-    let up = weights.matrix(&format!("{prefix}.kv_b_proj.weight"), heads * (nope + value_dim), latent_dim)?;
+    let up = weights.matrix(
+        &format!("{prefix}.kv_b_proj.weight"),
+        heads * (nope + value_dim),
+        latent_dim,
+    )?;
 
     let mut query_heads = Vec::new(); // [tokens, heads, nope + rope]
     let mut key_heads = Vec::new(); // [tokens, heads, nope + rope]
     let mut value_heads = Vec::new(); // [tokens, heads, value_dim]
     for (position, row) in input.iter().enumerate() {
-        let mut query: Rows = queries[position].chunks_exact(nope + rope).map(<[f64]>::to_vec).collect();
-        query.iter_mut().for_each(|head| rotary.rotate(&mut head[nope..], position));
+        let mut query: Rows = queries[position]
+            .chunks_exact(nope + rope)
+            .map(<[f64]>::to_vec)
+            .collect();
+        query
+            .iter_mut()
+            .for_each(|head| rotary.rotate(&mut head[nope..], position));
         query_heads.push(query);
 
         let mut compressed = linear(&down, down_bias, row);
@@ -48,7 +61,12 @@ pub(crate) fn attention(
         let latent = rms_norm(&compressed, Some(latent_norm), LATENT_NORM_EPSILON);
         let expanded = linear(&up, None, &latent);
         let parts = expanded.chunks_exact(nope + value_dim);
-        key_heads.push(parts.clone().map(|part| [&part[..nope], &rotary_key].concat()).collect::<Rows>());
+        key_heads.push(
+            parts
+                .clone()
+                .map(|part| [&part[..nope], &rotary_key].concat())
+                .collect::<Rows>(),
+        );
         value_heads.push(parts.map(|part| part[nope..].to_vec()).collect::<Rows>());
     }
 
@@ -57,11 +75,16 @@ pub(crate) fn attention(
     for token in 0..input.len() {
         let mut row = Vec::new();
         for head in 0..heads {
-            let scores: Vec<f64> =
-                (0..=token).map(|key| scale * dot(&query_heads[token][head], &key_heads[key][head])).collect();
+            let scores: Vec<f64> = (0..=token)
+                .map(|key| scale * dot(&query_heads[token][head], &key_heads[key][head]))
+                .collect();
             let probabilities = softmax(&scores);
             row.extend((0..value_dim).map(|i| {
-                probabilities.iter().enumerate().map(|(key, p)| p * value_heads[key][head][i]).sum::<f64>()
+                probabilities
+                    .iter()
+                    .enumerate()
+                    .map(|(key, p)| p * value_heads[key][head][i])
+                    .sum::<f64>()
             }));
         }
         attended.push(row);
@@ -73,13 +96,7 @@ pub(crate) fn attention(
 }
 
 /// Through a latent of their own, or straight where `q_lora_rank` is null.
-fn queries(
-    config: &Config,
-    weights: &Weights,
-    prefix: &str,
-    width: usize,
-    input: &Rows,
-) -> Result<Rows, TestkitError> {
+fn queries(config: &Config, weights: &Weights, prefix: &str, width: usize, input: &Rows) -> Result<Rows, TestkitError> {
     let hidden = config.size("hidden_size")?;
     let Some(rank) = config.optional_size("q_lora_rank")? else {
         let weight = weights.matrix(&format!("{prefix}.q_proj.weight"), width, hidden)?;
@@ -110,7 +127,11 @@ fn optional_bias<'a>(
 
 /// `1 / sqrt(d)`, and with yarn times the square of its `mscale_all_dim` factor.
 fn scale(config: &Config, head_dim: usize) -> f64 {
-    let mscale = match (config.rope_type(), config.rope_float("factor"), config.rope_float("mscale_all_dim")) {
+    let mscale = match (
+        config.rope_type(),
+        config.rope_float("factor"),
+        config.rope_float("mscale_all_dim"),
+    ) {
         ("yarn", Some(factor), Some(m)) if m != 0.0 => yarn_mscale(factor, m),
         _ => 1.0,
     };

@@ -21,7 +21,10 @@ pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
 pub(crate) fn rms_norm(x: &[f64], weight: Option<&[f64]>, epsilon: f64) -> Vec<f64> {
     let mean_square = dot(x, x) / x.len() as f64;
     let scale = 1.0 / (mean_square + epsilon).sqrt();
-    x.iter().enumerate().map(|(i, value)| value * scale * weight.map_or(1.0, |weight| weight[i])).collect()
+    x.iter()
+        .enumerate()
+        .map(|(i, value)| value * scale * weight.map_or(1.0, |weight| weight[i]))
+        .collect()
 }
 
 /// `(x − mean) / sqrt(variance + ε) · weight + bias`.
@@ -30,7 +33,10 @@ pub(crate) fn layer_norm(x: &[f64], weight: &[f64], bias: &[f64], epsilon: f64) 
     let mean = x.iter().sum::<f64>() / count;
     let variance = x.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
     let scale = 1.0 / (variance + epsilon).sqrt();
-    x.iter().enumerate().map(|(i, value)| (value - mean) * scale * weight[i] + bias[i]).collect()
+    x.iter()
+        .enumerate()
+        .map(|(i, value)| (value - mean) * scale * weight[i] + bias[i])
+        .collect()
 }
 
 /// Softmax; −∞ becomes 0.

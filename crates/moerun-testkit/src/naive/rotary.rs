@@ -19,27 +19,48 @@ impl Rotary {
     pub(crate) fn new(config: &Config, head_dim: usize, tokens: usize) -> Result<Self, TestkitError> {
         let rotary_dim = (head_dim as f64 * partial_factor(config)?) as usize;
         let theta = config.rope_theta()?;
-        let plain: Vec<f64> = (0..rotary_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64)).collect();
+        let plain: Vec<f64> = (0..rotary_dim / 2)
+            .map(|i| theta.powf(-2.0 * i as f64 / rotary_dim as f64))
+            .collect();
         let (frequencies, attention_factor) = match config.rope_type() {
             "default" => (plain, 1.0),
-            "linear" => (plain.iter().map(|frequency| frequency / required(config, "factor")).collect(), 1.0),
+            "linear" => (
+                plain
+                    .iter()
+                    .map(|frequency| frequency / required(config, "factor"))
+                    .collect(),
+                1.0,
+            ),
             "llama3" => (plain.iter().map(|&frequency| llama3(config, frequency)).collect(), 1.0),
             "yarn" => (yarn(config, &plain, rotary_dim, theta), yarn_attention_factor(config)),
             "longrope" => longrope(config, &plain, tokens),
-            other => return Err(TestkitError::Unknown { what: "rope type", name: other.to_owned() }),
+            other => {
+                return Err(TestkitError::Unknown {
+                    what: "rope type",
+                    name: other.to_owned(),
+                });
+            }
         };
         let interleaved = matches!(
             config.family,
             Family::DeepseekV2 | Family::DeepseekV3 | Family::Ernie45Moe | Family::Llama4Text
         );
-        Ok(Rotary { frequencies, attention_factor, interleaved })
+        Ok(Rotary {
+            frequencies,
+            attention_factor,
+            interleaved,
+        })
     }
 
     /// Rotates one head at `position` in place; elements beyond the rotary dimensions stay.
     pub(crate) fn rotate(&self, head: &mut [f64], position: usize) {
         let pairs = self.frequencies.len();
         for (pair, frequency) in self.frequencies.iter().enumerate() {
-            let (first, second) = if self.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
+            let (first, second) = if self.interleaved {
+                (2 * pair, 2 * pair + 1)
+            } else {
+                (pair, pair + pairs)
+            };
             let (sin, cos) = (position as f64 * frequency).sin_cos();
             let (x, y) = (head[first], head[second]);
             head[first] = self.attention_factor * (x * cos - y * sin);
@@ -52,7 +73,10 @@ impl Rotary {
 fn partial_factor(config: &Config) -> Result<f64, TestkitError> {
     match config.rope_float("partial_rotary_factor") {
         Some(factor) => Ok(factor),
-        None => config.float_or("partial_rotary_factor", if config.family == Family::Glm4Moe { 0.5 } else { 1.0 }),
+        None => config.float_or(
+            "partial_rotary_factor",
+            if config.family == Family::Glm4Moe { 0.5 } else { 1.0 },
+        ),
     }
 }
 
@@ -82,8 +106,7 @@ fn llama3(config: &Config, frequency: f64) -> f64 {
 fn yarn(config: &Config, plain: &[f64], rotary_dim: usize, theta: f64) -> Vec<f64> {
     let factor = required(config, "factor");
     let context = required(config, "original_max_position_embeddings");
-    let dimension_with_turns =
-        |turns: f64| rotary_dim as f64 * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
+    let dimension_with_turns = |turns: f64| rotary_dim as f64 * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
     let mut low = dimension_with_turns(config.rope_float("beta_fast").unwrap_or(32.0));
     let mut high = dimension_with_turns(config.rope_float("beta_slow").unwrap_or(1.0));
     if config.rope("truncate").and_then(Value::as_bool).unwrap_or(true) {
@@ -103,7 +126,11 @@ fn yarn(config: &Config, plain: &[f64], rotary_dim: usize, theta: f64) -> Vec<f6
 
 /// YaRN's `0.1 · m · ln(factor) + 1`.
 pub(crate) fn yarn_mscale(factor: f64, m: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * m * factor.ln() + 1.0
+    }
 }
 
 fn yarn_attention_factor(config: &Config) -> f64 {
@@ -126,10 +153,22 @@ fn longrope(config: &Config, plain: &[f64], tokens: usize) -> (Vec<f64>, f64) {
         .rope_float("original_max_position_embeddings")
         .or(config.optional_float("original_max_position_embeddings").ok().flatten())
         .unwrap_or(f64::NAN);
-    let (list, factor) =
-        if tokens as f64 > context { ("long_factor", "long_mscale") } else { ("short_factor", "short_mscale") };
-    let divisor = |i: usize| config.rope(list).and_then(|list| list.get(i)?.as_f64()).unwrap_or(f64::NAN);
-    let frequencies = plain.iter().enumerate().map(|(i, frequency)| frequency / divisor(i)).collect();
+    let (list, factor) = if tokens as f64 > context {
+        ("long_factor", "long_mscale")
+    } else {
+        ("short_factor", "short_mscale")
+    };
+    let divisor = |i: usize| {
+        config
+            .rope(list)
+            .and_then(|list| list.get(i)?.as_f64())
+            .unwrap_or(f64::NAN)
+    };
+    let frequencies = plain
+        .iter()
+        .enumerate()
+        .map(|(i, frequency)| frequency / divisor(i))
+        .collect();
     (frequencies, required(config, factor))
 }
 
@@ -140,7 +179,11 @@ mod tests {
     #[test]
     fn a_quarter_turn_moves_the_first_of_a_pair_to_the_second() {
         for (interleaved, wanted) in [(false, [0.0, 0.0, 1.0, 0.0]), (true, [0.0, 1.0, 0.0, 0.0])] {
-            let rotary = Rotary { frequencies: vec![TAU / 4.0, 0.0], attention_factor: 1.0, interleaved };
+            let rotary = Rotary {
+                frequencies: vec![TAU / 4.0, 0.0],
+                attention_factor: 1.0,
+                interleaved,
+            };
             let mut head = [1.0, 0.0, 0.0, 0.0];
             rotary.rotate(&mut head, 1);
             for (found, wanted) in head.iter().zip(wanted) {

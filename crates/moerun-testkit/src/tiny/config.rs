@@ -16,8 +16,10 @@ impl TinyCheckpoint {
         };
         let path = golden_dir(self.family).join(file);
         let text = fs::read_to_string(&path).map_err(TestkitError::io(&path))?;
-        let mut config: Value =
-            serde_json::from_str(&text).map_err(|source| TestkitError::Json { path: path.clone(), source })?;
+        let mut config: Value = serde_json::from_str(&text).map_err(|source| TestkitError::Json {
+            path: path.clone(),
+            source,
+        })?;
         for (field, value) in self.common_fields().into_iter().chain(self.family_fields()) {
             config[field] = value;
         }
@@ -122,7 +124,11 @@ impl TinyCheckpoint {
                     ("first_k_dense_replace", json!(self.dense_first)),
                 ];
                 if self.family == Family::DeepseekV2 {
-                    let method = if self.groups > 1 { "group_limited_greedy" } else { "greedy" };
+                    let method = if self.groups > 1 {
+                        "group_limited_greedy"
+                    } else {
+                        "greedy"
+                    };
                     fields.push(("topk_method", json!(method)));
                 } else {
                     fields.push(("norm_topk_prob", json!(self.renormalise)));
@@ -167,8 +173,22 @@ impl TinyCheckpoint {
                 ("intermediate_size_mlp", dense_width),
                 ("num_local_experts", experts),
                 ("interleave_moe_layer_step", json!(self.sparse_step)),
-                ("moe_layers", json!((0..self.layers).filter(|&layer| self.is_moe_layer(layer)).collect::<Vec<_>>())),
-                ("no_rope_layers", json!((0..self.layers).map(|layer| u8::from(self.llama4_rotates(layer))).collect::<Vec<_>>())),
+                (
+                    "moe_layers",
+                    json!(
+                        (0..self.layers)
+                            .filter(|&layer| self.is_moe_layer(layer))
+                            .collect::<Vec<_>>()
+                    ),
+                ),
+                (
+                    "no_rope_layers",
+                    json!(
+                        (0..self.layers)
+                            .map(|layer| u8::from(self.llama4_rotates(layer)))
+                            .collect::<Vec<_>>()
+                    ),
+                ),
                 ("layer_types", json!(self.layer_types("chunked_attention"))),
                 ("attention_chunk_size", json!(self.window.unwrap_or(16))),
                 ("use_qk_norm", json!(self.qk_norm)),
@@ -201,7 +221,9 @@ impl TinyCheckpoint {
             Family::GptOss => layer.is_multiple_of(2),
             _ => self.window.is_some() && layer.is_multiple_of(2),
         };
-        (0..self.layers).map(|layer| if is_limited(layer) { limited } else { "full_attention" }).collect()
+        (0..self.layers)
+            .map(|layer| if is_limited(layer) { limited } else { "full_attention" })
+            .collect()
     }
 
     /// Width of all shared experts together.
@@ -217,7 +239,9 @@ impl TinyCheckpoint {
         let mut rope = match (self.family, self.rope) {
             (Family::PhiMoe, _) => {
                 let factors = |first: f64| {
-                    (0..self.head_dim / 2).map(|i| first + 0.1 * i as f64).collect::<Vec<_>>()
+                    (0..self.head_dim / 2)
+                        .map(|i| first + 0.1 * i as f64)
+                        .collect::<Vec<_>>()
                 };
                 json!({
                     "rope_type": "longrope", "short_factor": factors(1.0), "long_factor": factors(1.5),
@@ -252,7 +276,11 @@ impl TinyCheckpoint {
                 config["rope_parameters"] = rope;
             }
             Spelling::Hub => {
-                config["rope_scaling"] = if rope["rope_type"] == "default" { Value::Null } else { rope };
+                config["rope_scaling"] = if rope["rope_type"] == "default" {
+                    Value::Null
+                } else {
+                    rope
+                };
             }
         }
     }

@@ -30,7 +30,11 @@ impl TinyCheckpoint {
             kv_heads,
             head_dim: 2 * rng.random_range(2..=8),
             latent: LatentSizes {
-                q_rank: if rng.random_bool(0.7) { Some(rng.random_range(5..=20)) } else { None },
+                q_rank: if rng.random_bool(0.7) {
+                    Some(rng.random_range(5..=20))
+                } else {
+                    None
+                },
                 kv_rank: rng.random_range(5..=20),
                 nope: rng.random_range(3..=12),
                 rope: 2 * rng.random_range(1..=4),
@@ -39,19 +43,34 @@ impl TinyCheckpoint {
             dense_intermediate: rng.random_range(9..=60),
             expert_intermediate: rng.random_range(5..=40),
             experts,
-            top_k: if rng.random_bool(0.2) { experts } else { rng.random_range(1..=experts.min(4)) },
+            top_k: if rng.random_bool(0.2) {
+                experts
+            } else {
+                rng.random_range(1..=experts.min(4))
+            },
             shared_experts: rng.random_range(1..=3),
             groups: rng.random_range(1..=3),
             top_groups: rng.random_range(1..=3),
             renormalise: rng.random_bool(0.5),
             dense_first,
             sparse_step: rng.random_range(1..=layers - dense_first),
-            window: if rng.random_bool(0.5) { Some(rng.random_range(2..=9)) } else { None },
-            clip_qkv: if rng.random_bool(0.5) { Some(rng.random_range(0.5..2.0)) } else { None },
+            window: if rng.random_bool(0.5) {
+                Some(rng.random_range(2..=9))
+            } else {
+                None
+            },
+            clip_qkv: if rng.random_bool(0.5) {
+                Some(rng.random_range(0.5..2.0))
+            } else {
+                None
+            },
             qk_norm: rng.random_bool(0.5),
             biases: rng.random_bool(0.5),
             tied: rng.random_bool(0.4),
-            rope: pick(rng, &[TinyRope::Default, TinyRope::Linear, TinyRope::Llama3, TinyRope::Yarn]),
+            rope: pick(
+                rng,
+                &[TinyRope::Default, TinyRope::Linear, TinyRope::Llama3, TinyRope::Yarn],
+            ),
             epsilon: pick(rng, &[1e-5, 1e-6]),
         };
         tiny.obey_family();

@@ -16,8 +16,15 @@ pub(crate) fn fp8_block(name: &str, shape: &[usize], values: &[f64]) -> Vec<RawT
     for (i, value) in values.iter().enumerate() {
         largest[block_of(i)] = largest[block_of(i)].max(value.abs());
     }
-    let scales: Vec<f64> = largest.iter().map(|&largest| if largest == 0.0 { 1.0 } else { largest / 448.0 }).collect();
-    let codes: Vec<f64> = values.iter().enumerate().map(|(i, value)| value / scales[block_of(i)]).collect();
+    let scales: Vec<f64> = largest
+        .iter()
+        .map(|&largest| if largest == 0.0 { 1.0 } else { largest / 448.0 })
+        .collect();
+    let codes: Vec<f64> = values
+        .iter()
+        .enumerate()
+        .map(|(i, value)| value / scales[block_of(i)])
+        .collect();
     vec![
         RawTensor::new(name, Element::F8E4M3, shape, &codes),
         RawTensor::new(format!("{name}_scale_inv"), Element::F32, &blocks, &scales),
@@ -33,26 +40,49 @@ pub(crate) fn mxfp4(name: &str, shape: &[usize], values: &[f64]) -> Vec<RawTenso
     for expert in 0..experts {
         for out in 0..outs {
             for first in (0..inputs).step_by(BLOCK) {
-                let block: Vec<f64> =
-                    (first..first + BLOCK).map(|input| values[(expert * inputs + input) * outs + out]).collect();
+                let block: Vec<f64> = (first..first + BLOCK)
+                    .map(|input| values[(expert * inputs + input) * outs + out])
+                    .collect();
                 let largest = block.iter().fold(0f64, |largest, value| largest.max(value.abs()));
-                let exponent = if largest == 0.0 { 0.0 } else { (largest / 6.0).log2().ceil() };
+                let exponent = if largest == 0.0 {
+                    0.0
+                } else {
+                    (largest / 6.0).log2().ceil()
+                };
                 scales.push(exponent + 127.0);
                 let nibbles: Vec<u8> = block.iter().map(|value| fp4_code(value / exponent.exp2())).collect();
-                codes.extend(nibbles.as_chunks::<2>().0.iter().map(|[low, high]| f64::from(low | high << 4)));
+                codes.extend(
+                    nibbles
+                        .as_chunks::<2>()
+                        .0
+                        .iter()
+                        .map(|[low, high]| f64::from(low | high << 4)),
+                );
             }
         }
     }
     vec![
-        RawTensor::new(format!("{name}_blocks"), Element::U8, &[experts, outs, inputs / BLOCK, BLOCK / 2], &codes),
-        RawTensor::new(format!("{name}_scales"), Element::U8, &[experts, outs, inputs / BLOCK], &scales),
+        RawTensor::new(
+            format!("{name}_blocks"),
+            Element::U8,
+            &[experts, outs, inputs / BLOCK, BLOCK / 2],
+            &codes,
+        ),
+        RawTensor::new(
+            format!("{name}_scales"),
+            Element::U8,
+            &[experts, outs, inputs / BLOCK],
+            &scales,
+        ),
     ]
 }
 
 /// The code whose value is nearest.
 fn fp4_code(value: f64) -> u8 {
     let distance = |code: u8| (FP4_E2M1[usize::from(code)] - value).abs();
-    (0..16).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).unwrap_or(0)
+    (0..16)
+        .min_by(|&a, &b| distance(a).total_cmp(&distance(b)))
+        .unwrap_or(0)
 }
 
 /// Writes one `model.safetensors`, or `shards` files and their index.
@@ -73,7 +103,10 @@ pub(crate) fn write_shards(dir: &Path, tensors: Vec<RawTensor>, shards: usize) -
     for (i, tensors) in tensors.chunks(tensors.len().div_ceil(shards)).enumerate() {
         let file = format!("model-{:05}-of-{shards:05}.safetensors", i + 1);
         weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), json!(file))));
-        RawFile { tensors: tensors.to_vec() }.write(&dir.join(&file))?;
+        RawFile {
+            tensors: tensors.to_vec(),
+        }
+        .write(&dir.join(&file))?;
     }
     let index: Value = json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
     let path = dir.join("model.safetensors.index.json");

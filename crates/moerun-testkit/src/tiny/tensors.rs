@@ -13,7 +13,9 @@ enum Kind {
     /// Logits of standard deviation 2.
     Head,
     /// Keeps the size of a vector of `fan_in` elements.
-    Matrix { fan_in: usize },
+    Matrix {
+        fan_in: usize,
+    },
     /// Router logits of standard deviation 2, so that few choices are close.
     Router,
     /// Around 1.
@@ -40,10 +42,16 @@ struct Plan<'a> {
 impl TinyCheckpoint {
     /// All tensors with their values, in the order of the model.
     pub(crate) fn raw_tensors(&self) -> Vec<RawTensor> {
-        let mut plan = Plan { tiny: self, tensors: Vec::new() };
+        let mut plan = Plan {
+            tiny: self,
+            tensors: Vec::new(),
+        };
         plan.model();
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        plan.tensors.iter().flat_map(|planned| self.fill(planned, &mut rng)).collect()
+        plan.tensors
+            .iter()
+            .flat_map(|planned| self.fill(planned, &mut rng))
+            .collect()
     }
 
     fn fill(&self, planned: &Planned, rng: &mut ChaCha8Rng) -> Vec<RawTensor> {
@@ -74,7 +82,11 @@ impl TinyCheckpoint {
 
 impl Plan<'_> {
     fn add(&mut self, name: impl Into<String>, shape: &[usize], kind: Kind) {
-        self.tensors.push(Planned { name: name.into(), shape: shape.to_vec(), kind });
+        self.tensors.push(Planned {
+            name: name.into(),
+            shape: shape.to_vec(),
+            kind,
+        });
     }
 
     /// A matrix `[rows, cols]`, and its bias if there is one.
@@ -168,10 +180,29 @@ impl Plan<'_> {
             }
             None => self.linear(&format!("{prefix}.q_proj"), queries, tiny.hidden, false),
         }
-        self.linear(&format!("{prefix}.kv_a_proj_with_mqa"), latent.kv_rank + latent.rope, tiny.hidden, tiny.biases);
-        self.add(format!("{prefix}.kv_a_layernorm.weight"), &[latent.kv_rank], Kind::NormWeight);
-        self.linear(&format!("{prefix}.kv_b_proj"), tiny.heads * (latent.nope + latent.value), latent.kv_rank, false);
-        self.linear(&format!("{prefix}.o_proj"), tiny.hidden, tiny.heads * latent.value, tiny.biases);
+        self.linear(
+            &format!("{prefix}.kv_a_proj_with_mqa"),
+            latent.kv_rank + latent.rope,
+            tiny.hidden,
+            tiny.biases,
+        );
+        self.add(
+            format!("{prefix}.kv_a_layernorm.weight"),
+            &[latent.kv_rank],
+            Kind::NormWeight,
+        );
+        self.linear(
+            &format!("{prefix}.kv_b_proj"),
+            tiny.heads * (latent.nope + latent.value),
+            latent.kv_rank,
+            false,
+        );
+        self.linear(
+            &format!("{prefix}.o_proj"),
+            tiny.hidden,
+            tiny.heads * latent.value,
+            tiny.biases,
+        );
     }
 
     fn feed_forward(&mut self, prefix: &str, width: usize, biased: bool) {
@@ -187,11 +218,19 @@ impl Plan<'_> {
             Family::GptOss | Family::Llama4Text => "router",
             _ => "gate",
         };
-        self.add(format!("{prefix}.{name}.weight"), &[tiny.experts, tiny.hidden], Kind::Router);
+        self.add(
+            format!("{prefix}.{name}.weight"),
+            &[tiny.experts, tiny.hidden],
+            Kind::Router,
+        );
         match tiny.family {
             Family::GptOss => self.add(format!("{prefix}.router.bias"), &[tiny.experts], Kind::Bias),
             Family::DeepseekV3 | Family::Glm4Moe => {
-                self.add(format!("{prefix}.gate.e_score_correction_bias"), &[tiny.experts], Kind::CorrectionBias);
+                self.add(
+                    format!("{prefix}.gate.e_score_correction_bias"),
+                    &[tiny.experts],
+                    Kind::CorrectionBias,
+                );
             }
             Family::Ernie45Moe => {
                 let name = format!("{prefix}.moe_statics.e_score_correction_bias");
@@ -207,15 +246,35 @@ impl Plan<'_> {
         let (into, back) = (Kind::Matrix { fan_in: hidden }, Kind::Matrix { fan_in: width });
         match tiny.family {
             Family::GraniteMoe => {
-                self.add(format!("{prefix}.input_linear.weight"), &[experts, 2 * width, hidden], into);
-                self.add(format!("{prefix}.output_linear.weight"), &[experts, hidden, width], back);
+                self.add(
+                    format!("{prefix}.input_linear.weight"),
+                    &[experts, 2 * width, hidden],
+                    into,
+                );
+                self.add(
+                    format!("{prefix}.output_linear.weight"),
+                    &[experts, hidden, width],
+                    back,
+                );
             }
             Family::GptOss | Family::Llama4Text => {
-                self.add(format!("{prefix}.experts.gate_up_proj"), &[experts, hidden, 2 * width], into);
+                self.add(
+                    format!("{prefix}.experts.gate_up_proj"),
+                    &[experts, hidden, 2 * width],
+                    into,
+                );
                 self.add(format!("{prefix}.experts.down_proj"), &[experts, width, hidden], back);
                 if tiny.family == Family::GptOss {
-                    self.add(format!("{prefix}.experts.gate_up_proj_bias"), &[experts, 2 * width], Kind::Bias);
-                    self.add(format!("{prefix}.experts.down_proj_bias"), &[experts, hidden], Kind::Bias);
+                    self.add(
+                        format!("{prefix}.experts.gate_up_proj_bias"),
+                        &[experts, 2 * width],
+                        Kind::Bias,
+                    );
+                    self.add(
+                        format!("{prefix}.experts.down_proj_bias"),
+                        &[experts, hidden],
+                        Kind::Bias,
+                    );
                 }
             }
             Family::Mixtral | Family::PhiMoe => {
@@ -243,7 +302,11 @@ impl Plan<'_> {
         self.feed_forward(&format!("{prefix}.{name}"), self.tiny.shared_width(), false);
         if self.tiny.family == Family::Qwen2Moe {
             let hidden = self.tiny.hidden;
-            self.add(format!("{prefix}.shared_expert_gate.weight"), &[1, hidden], Kind::Matrix { fan_in: hidden });
+            self.add(
+                format!("{prefix}.shared_expert_gate.weight"),
+                &[1, hidden],
+                Kind::Matrix { fan_in: hidden },
+            );
         }
     }
 }

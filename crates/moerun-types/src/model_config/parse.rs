@@ -39,6 +39,8 @@ const POSITIONS: RangeInclusive<usize> = 1..=1 << 31;
 
 /// Most parameters of a model: at 4 bytes each, every sum of bytes stays below 2^53.
 const MAX_PARAMETERS: u128 = 1 << 50;
+/// Most experts of all layers together, more than twice those of the largest released model: they are listed one by one.
+const MAX_EXPERTS: usize = 1 << 16;
 
 impl Family {
     /// Every family, in the order of the documentation.
@@ -95,20 +97,29 @@ impl ModelConfig {
         let family = family(fields)?;
         let config = parse_family(fields, family)?;
         check_total_size(fields, &config)?;
+        check_total_experts(fields, &config)?;
         Ok(config)
     }
 }
 
 fn family(fields: Fields<'_>) -> Result<Family, ConfigError> {
     let supported = || Family::ALL.map(Family::model_type).join(", ");
-    let found = fields.text("model_type")?.ok_or_else(|| fields.missing("model_type", supported()))?;
+    let found = fields
+        .text("model_type")?
+        .ok_or_else(|| fields.missing("model_type", supported()))?;
     if fields.object("text_config")?.is_some() {
-        return Err(ConfigError::Multimodal { model_type: found.to_owned(), supported: supported() });
+        return Err(ConfigError::Multimodal {
+            model_type: found.to_owned(),
+            supported: supported(),
+        });
     }
     let family = Family::ALL
         .into_iter()
         .find(|family| family.model_type() == found)
-        .ok_or_else(|| ConfigError::UnsupportedModelType { found: found.to_owned(), supported: supported() })?;
+        .ok_or_else(|| ConfigError::UnsupportedModelType {
+            found: found.to_owned(),
+            supported: supported(),
+        })?;
     refuse_other_heads(fields)?;
     Ok(family)
 }
@@ -119,7 +130,10 @@ fn refuse_other_heads(fields: Fields<'_>) -> Result<(), ConfigError> {
         let Some(name) = value.as_str() else {
             return Err(fields.invalid("architectures", "a list of strings", shorten(value)));
         };
-        if ["Classification", "QuestionAnswering"].iter().any(|task| name.ends_with(task)) {
+        if ["Classification", "QuestionAnswering"]
+            .iter()
+            .any(|task| name.ends_with(task))
+        {
             return Err(fields.unsupported("architectures", "a model with a language-model head", name));
         }
     }
@@ -136,7 +150,11 @@ fn parse_family(fields: Fields<'_>, family: Family) -> Result<ModelConfig, Confi
         latent.scale = (f64::from(latent.scale) * rope.latent_scale) as f32;
     }
     let has_experts = layers.iter().any(|layer| layer.feed_forward == FeedForwardKind::Moe);
-    let moe = if has_experts { Some(moe::parse(fields, family)?) } else { None };
+    let moe = if has_experts {
+        Some(moe::parse(fields, family)?)
+    } else {
+        None
+    };
     let granite = |name, default| match family {
         Family::GraniteMoe => fields.f32_or(name, 1e-9..=1e9, default),
         _ => Ok(1.0),
@@ -158,7 +176,9 @@ fn parse_family(fields: Fields<'_>, family: Family) -> Result<ModelConfig, Confi
         residual_multiplier: granite("residual_multiplier", 1.0)?,
         logits_scaling: granite("logits_scaling", 1.0)?,
         eos_token_ids: eos_token_ids(fields, vocab_size)?,
-        bos_token_id: fields.optional_size("bos_token_id", 0..=vocab_size - 1)?.map(|id| id as u32),
+        bos_token_id: fields
+            .optional_size("bos_token_id", 0..=vocab_size - 1)?
+            .map(|id| id as u32),
         pad_token_id: pad_token_id(fields, vocab_size)?,
         stored_dtype: stored_dtype(fields)?,
         quantization: quantization::parse(fields, family, moe.as_ref(), hidden)?,
@@ -193,7 +213,11 @@ fn rotated_width(attention: &AttentionConfig) -> usize {
 }
 
 fn norm(fields: Fields<'_>, family: Family) -> Result<NormConfig, ConfigError> {
-    let kind = if family == Family::PhiMoe { NormKind::LayerNorm } else { NormKind::Rms };
+    let kind = if family == Family::PhiMoe {
+        NormKind::LayerNorm
+    } else {
+        NormKind::Rms
+    };
     let default = match family {
         Family::Mixtral
         | Family::Olmoe
@@ -204,7 +228,10 @@ fn norm(fields: Fields<'_>, family: Family) -> Result<NormConfig, ConfigError> {
         | Family::Llama4Text => 1e-5,
         _ => 1e-6,
     };
-    Ok(NormConfig { kind, epsilon: fields.f32_or("rms_norm_eps", 1e-30..=1.0, default)? })
+    Ok(NormConfig {
+        kind,
+        epsilon: fields.f32_or("rms_norm_eps", 1e-30..=1.0, default)?,
+    })
 }
 
 fn activation(fields: Fields<'_>) -> Result<Activation, ConfigError> {
@@ -267,25 +294,37 @@ fn check_total_size(fields: Fields<'_>, config: &ModelConfig) -> Result<(), Conf
         }
         AttentionConfig::Latent(latent) => {
             let rank = wide(latent.kv_lora_rank + latent.q_lora_rank.unwrap_or(0) + latent.qk_rope_head_dim);
-            let heads = wide(latent.num_heads)
-                * wide(latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim);
+            let heads =
+                wide(latent.num_heads) * wide(latent.qk_nope_head_dim + latent.qk_rope_head_dim + latent.v_head_dim);
             (hidden + heads) * rank + 2 * hidden * heads
         }
     };
-    let feed_forwards = config.layers.iter().map(|layer| match (&layer.feed_forward, &config.moe) {
-        (FeedForwardKind::Dense { intermediate }, _) => 3 * hidden * wide(*intermediate),
-        (FeedForwardKind::Moe, Some(moe)) => {
-            let shared = moe.shared.map_or(0, |shared| shared.intermediate);
-            3 * hidden * (wide(moe.num_experts) * (wide(moe.intermediate) + 1) + wide(shared))
-        }
-        (FeedForwardKind::Moe, None) => 0,
-    });
-    let total = attention * wide(config.layers.len())
-        + feed_forwards.sum::<u128>()
-        + 2 * hidden * wide(config.vocab_size);
+    let feed_forwards = config
+        .layers
+        .iter()
+        .map(|layer| match (&layer.feed_forward, &config.moe) {
+            (FeedForwardKind::Dense { intermediate }, _) => 3 * hidden * wide(*intermediate),
+            (FeedForwardKind::Moe, Some(moe)) => {
+                let shared = moe.shared.map_or(0, |shared| shared.intermediate);
+                3 * hidden * (wide(moe.num_experts) * (wide(moe.intermediate) + 1) + wide(shared))
+            }
+            (FeedForwardKind::Moe, None) => 0,
+        });
+    let total =
+        attention * wide(config.layers.len()) + feed_forwards.sum::<u128>() + 2 * hidden * wide(config.vocab_size);
     if total > MAX_PARAMETERS {
         let wanted = format!("sizes that multiply to at most {MAX_PARAMETERS} parameters");
         return Err(fields.invalid("num_hidden_layers", wanted, format!("about {total} parameters")));
+    }
+    Ok(())
+}
+
+fn check_total_experts(fields: Fields<'_>, config: &ModelConfig) -> Result<(), ConfigError> {
+    let per_layer = config.moe.as_ref().map_or(0, |moe| moe.num_experts);
+    let total = per_layer * config.moe_layers().len();
+    if total > MAX_EXPERTS {
+        let wanted = format!("layers of at most {MAX_EXPERTS} experts in all");
+        return Err(fields.invalid("num_hidden_layers", wanted, format!("{total} experts")));
     }
     Ok(())
 }

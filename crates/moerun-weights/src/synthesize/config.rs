@@ -39,7 +39,11 @@ fn cut_layers(fields: &mut Map<String, Value>, layers: usize) {
         }
     }
     // An index may not lie beyond the last layer, so that no layer has experts is said by an interval without multiple.
-    if fields.get("moe_layer_start_index").and_then(Value::as_u64).is_some_and(|start| start >= layers as u64) {
+    if fields
+        .get("moe_layer_start_index")
+        .and_then(Value::as_u64)
+        .is_some_and(|start| start >= layers as u64)
+    {
         fields.insert("moe_layer_interval".to_owned(), json!(layers + 1));
     }
     for (of_position, highest) in [

@@ -41,7 +41,11 @@ impl TensorValues {
         hasher.update(&seed.to_le_bytes()).update(name.as_bytes());
         let [a, b, c, d, e, f, g, h, ..] = *hasher.finalize().as_bytes();
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        TensorValues { key, levels, element_bytes: dtype.bytes() }
+        TensorValues {
+            key,
+            levels,
+            element_bytes: dtype.bytes(),
+        }
     }
 
     /// Fills `out` with the elements from `first` on, which is a multiple of [`ELEMENTS_PER_NUMBER`].
@@ -79,13 +83,21 @@ mod tests {
     fn values(seed: u64, name: &str, count: usize) -> Vec<f64> {
         let mut bytes = vec![0; 4 * count];
         TensorValues::new(seed, name, NumberFormat::F32).fill(0, &mut bytes);
-        bytes.as_chunks::<4>().0.iter().map(|&chunk| f64::from(f32::from_le_bytes(chunk))).collect()
+        bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|&chunk| f64::from(f32::from_le_bytes(chunk)))
+            .collect()
     }
 
     fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
         let count = values.len() as f64;
         let mean = values.iter().sum::<f64>() / count;
-        (mean, (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt())
+        (
+            mean,
+            (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt(),
+        )
     }
 
     #[test]

@@ -103,9 +103,16 @@ pub(super) fn index(plans: &[ShardPlan]) -> Option<String> {
     let total_size: u64 = plans.iter().map(|plan| plan.data_bytes).sum();
     let weight_map: Map<String, Value> = plans
         .iter()
-        .flat_map(|plan| plan.tensors.iter().map(|tensor| (tensor.name.clone(), json!(plan.file))))
+        .flat_map(|plan| {
+            plan.tensors
+                .iter()
+                .map(|tensor| (tensor.name.clone(), json!(plan.file)))
+        })
         .collect();
-    Some(format!("{:#}\n", json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })))
+    Some(format!(
+        "{:#}\n",
+        json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
+    ))
 }
 
 fn header(tensors: &[PlannedTensor], dtype: NumberFormat) -> Vec<u8> {
@@ -145,8 +152,11 @@ pub(super) fn write_data(
     writing: &Writing<'_>,
 ) -> Result<(), SynthesizeError> {
     let threads = thread::available_parallelism().map_or(1, usize::from);
-    let values: Vec<TensorValues> =
-        plan.tensors.iter().map(|tensor| TensorValues::new(writing.seed, &tensor.name, writing.dtype)).collect();
+    let values: Vec<TensorValues> = plan
+        .tensors
+        .iter()
+        .map(|tensor| TensorValues::new(writing.seed, &tensor.name, writing.dtype))
+        .collect();
     let pieces = pieces(&plan.tensors);
     thread::scope(|scope| {
         // One batch may wait while the next is made: memory stays at a few pieces per thread.
@@ -188,7 +198,12 @@ fn pieces(tensors: &[PlannedTensor]) -> Vec<Piece> {
             elements: PIECE_ELEMENTS.min(elements - first),
         })
     };
-    tensors.iter().map(PlannedTensor::elements).enumerate().flat_map(of_tensor).collect()
+    tensors
+        .iter()
+        .map(PlannedTensor::elements)
+        .enumerate()
+        .flat_map(of_tensor)
+        .collect()
 }
 
 /// Runs of pieces with about `elements` elements each: many small tensors are one batch.
@@ -227,7 +242,9 @@ fn make(batch: &[Piece], values: &[TensorValues], dtype: NumberFormat, threads: 
         }
     };
     let mut made: Vec<(usize, Vec<u8>)> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.min(batch.len())).map(|_| scope.spawn(take_pieces)).collect();
+        let workers: Vec<_> = (0..threads.min(batch.len()))
+            .map(|_| scope.spawn(take_pieces))
+            .collect();
         workers
             .into_iter()
             .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

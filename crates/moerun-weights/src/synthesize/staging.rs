@@ -85,5 +85,7 @@ impl Drop for Staging {
 
 /// Makes names in a directory durable.
 fn sync_directory(path: &Path) -> Result<(), SynthesizeError> {
-    File::open(path).and_then(|directory| directory.sync_all()).map_err(SynthesizeError::io(path))
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(SynthesizeError::io(path))
 }

@@ -10,8 +10,14 @@ const PLENTY: u64 = 1 << 40;
 
 /// A small config: a golden one with a vocabulary that is no power of two.
 fn small_config(family: Family) -> String {
-    let path = format!("{}/../../tests/golden/{}/config.json", env!("CARGO_MANIFEST_DIR"), family.model_type());
-    fs::read_to_string(path).unwrap().replace("\"vocab_size\": 320", "\"vocab_size\": 397")
+    let path = format!(
+        "{}/../../tests/golden/{}/config.json",
+        env!("CARGO_MANIFEST_DIR"),
+        family.model_type()
+    );
+    fs::read_to_string(path)
+        .unwrap()
+        .replace("\"vocab_size\": 320", "\"vocab_size\": 397")
 }
 
 fn make(request: &SynthesizeRequest<'_>) -> SynthesizeReport {
@@ -23,15 +29,22 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap())
-        .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+        .map(|entry| {
+            (
+                entry.file_name().into_string().unwrap(),
+                fs::read(entry.path()).unwrap(),
+            )
+        })
         .collect();
     files.sort();
     files
 }
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -43,7 +56,10 @@ fn a_small_checkpoint_of_every_family_opens() {
             let root = tempfile::tempdir().unwrap();
             let out = root.path().join("made");
             let config = small_config(family);
-            let report = make(&SynthesizeRequest { dtype, ..SynthesizeRequest::new(&config, &out) });
+            let report = make(&SynthesizeRequest {
+                dtype,
+                ..SynthesizeRequest::new(&config, &out)
+            });
             let checkpoint = Checkpoint::open(&out, Needs::All).unwrap_or_else(|error| panic!("{family:?}: {error}"));
             assert_eq!(checkpoint.config().layers.len(), report.layers);
             assert_eq!(report.weight_bytes, report.parameters * dtype.bytes() as u64);
@@ -64,7 +80,10 @@ fn weights_that_are_read_back_have_the_size_they_were_given() {
     let embedding = checkpoint.matrix(TensorRole::Embedding).unwrap();
     let mut row = vec![0.0; embedding.cols()];
     embedding.read_row(0, &mut row);
-    assert!(row.iter().any(|value| value.abs() > 0.01) && row.iter().all(|value| value.abs() < 0.1), "{row:?}");
+    assert!(
+        row.iter().any(|value| value.abs() > 0.01) && row.iter().all(|value| value.abs() < 0.1),
+        "{row:?}"
+    );
 }
 
 #[test]
@@ -73,7 +92,10 @@ fn one_seed_gives_one_checkpoint_and_another_seed_other_weights() {
     let config = small_config(Family::Mixtral);
     let made = |name: &str, seed| {
         let out = root.path().join(name);
-        make(&SynthesizeRequest { seed, ..SynthesizeRequest::new(&config, &out) });
+        make(&SynthesizeRequest {
+            seed,
+            ..SynthesizeRequest::new(&config, &out)
+        });
         contents(&out)
     };
     let first = made("first", 7);
@@ -91,26 +113,43 @@ fn shards_are_bounded_and_hold_the_same_weights() {
     let config = small_config(Family::DeepseekV3);
     make(&SynthesizeRequest::new(&config, &one));
     let max_shard_bytes = 30_000;
-    let report = make(&SynthesizeRequest { max_shard_bytes, ..SynthesizeRequest::new(&config, &many) });
+    let report = make(&SynthesizeRequest {
+        max_shard_bytes,
+        ..SynthesizeRequest::new(&config, &many)
+    });
     assert!(report.shards > 2, "{report:?}");
     let [one, many] = [one, many].map(|dir| Checkpoint::open(&dir, Needs::All).unwrap());
     assert_eq!(one.expert_header_hash(), many.expert_header_hash());
     assert_eq!(one.router_hash(), many.router_hash());
-    assert_eq!(one.vector(TensorRole::FinalNorm).unwrap(), many.vector(TensorRole::FinalNorm).unwrap());
+    assert_eq!(
+        one.vector(TensorRole::FinalNorm).unwrap(),
+        many.vector(TensorRole::FinalNorm).unwrap()
+    );
 }
 
 #[test]
 fn tensors_longer_than_a_piece_are_whole() {
     let tensors = vec![
-        PlannedTensor { name: "long".to_owned(), shape: vec![(1 << 21) + 5, 2] },
-        PlannedTensor { name: "short".to_owned(), shape: vec![3] },
+        PlannedTensor {
+            name: "long".to_owned(),
+            shape: vec![(1 << 21) + 5, 2],
+        },
+        PlannedTensor {
+            name: "short".to_owned(),
+            shape: vec![3],
+        },
     ];
     let plans = shards::split(tensors, NumberFormat::Bf16, u64::MAX);
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("file");
     let reported = Mutex::new(Vec::new());
     let progress = |bytes| reported.lock().unwrap().push(bytes);
-    let writing = Writing { seed: 3, dtype: NumberFormat::Bf16, progress: &progress, interrupted: None };
+    let writing = Writing {
+        seed: 3,
+        dtype: NumberFormat::Bf16,
+        progress: &progress,
+        interrupted: None,
+    };
     shards::write(&path, &plans[0], &writing).unwrap();
 
     let written = fs::read(&path).unwrap();
@@ -138,11 +177,18 @@ fn fewer_layers_are_the_first_layers() {
         let [whole, cut] = ["whole", "cut"].map(|name| root.path().join(name));
         let config = small_config(family);
         make(&SynthesizeRequest::new(&config, &whole));
-        let request = SynthesizeRequest { layers: Some(layers), ..SynthesizeRequest::new(&config, &cut) };
+        let request = SynthesizeRequest {
+            layers: Some(layers),
+            ..SynthesizeRequest::new(&config, &cut)
+        };
         assert_eq!(make(&request).layers, layers);
         let [whole, cut] = [whole, cut].map(|dir| Checkpoint::open(&dir, Needs::All).unwrap());
-        let kept: Vec<LayerId> =
-            whole.config().moe_layers().into_iter().filter(|layer| (layer.0 as usize) < layers).collect();
+        let kept: Vec<LayerId> = whole
+            .config()
+            .moe_layers()
+            .into_iter()
+            .filter(|layer| (layer.0 as usize) < layers)
+            .collect();
         assert_eq!(cut.config().moe_layers(), kept, "{family:?}");
         let norm = |checkpoint: &Checkpoint| checkpoint.vector(TensorRole::FinalNorm).unwrap();
         assert_eq!(norm(&whole), norm(&cut), "{family:?}");
@@ -151,7 +197,10 @@ fn fewer_layers_are_the_first_layers() {
         let root = tempfile::tempdir().unwrap();
         let out = root.path().join("out");
         let config = small_config(Family::Mixtral);
-        let request = SynthesizeRequest { layers: Some(wanted), ..SynthesizeRequest::new(&config, &out) };
+        let request = SynthesizeRequest {
+            layers: Some(wanted),
+            ..SynthesizeRequest::new(&config, &out)
+        };
         let error = synthesize(&request).unwrap_err();
         assert!(matches!(error, SynthesizeError::Layers { available: 2, .. }), "{error}");
         assert!(names(root.path()).is_empty());
@@ -183,20 +232,36 @@ fn a_full_disk_is_noticed_before_anything_is_written() {
     let config = small_config(Family::Olmoe);
     let request = SynthesizeRequest::new(&config, &out);
     let error = synthesize_with_space(&request, |_| Ok(1000)).unwrap_err();
-    let SynthesizeError::NoSpace { needed_bytes, available_bytes: 1000, .. } = error else { panic!("{error}") };
+    let SynthesizeError::NoSpace {
+        needed_bytes,
+        available_bytes: 1000,
+        ..
+    } = error
+    else {
+        panic!("{error}")
+    };
     assert!(names(root.path()).is_empty());
     let report = synthesize_with_space(&request, |_| Ok(needed_bytes)).unwrap();
     let taken: u64 = contents(&out).iter().map(|(_, bytes)| bytes.len() as u64).sum();
-    assert!(report.weight_bytes < taken && taken <= needed_bytes, "{taken} of {needed_bytes}");
+    assert!(
+        report.weight_bytes < taken && taken <= needed_bytes,
+        "{taken} of {needed_bytes}"
+    );
 }
 
 #[test]
 fn a_model_larger_than_the_real_disk_names_what_it_needs() {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    let huge = Shape::by_name("mixtral-8x7b").unwrap().config_json.replace("\"num_hidden_layers\": 32", "\"num_hidden_layers\": 4096");
+    let huge = Shape::by_name("mixtral-8x7b")
+        .unwrap()
+        .config_json
+        .replace("\"num_hidden_layers\": 32", "\"num_hidden_layers\": 4096");
     let error = synthesize(&SynthesizeRequest::new(&huge, &out)).unwrap_err();
-    assert!(matches!(error, SynthesizeError::NoSpace { needed_bytes, .. } if needed_bytes > 10 << 40), "{error}");
+    assert!(
+        matches!(error, SynthesizeError::NoSpace { needed_bytes, .. } if needed_bytes > 10 << 40),
+        "{error}"
+    );
 }
 
 #[test]
@@ -205,7 +270,10 @@ fn nothing_is_left_of_interrupted_work_and_a_stale_rest_is_replaced() {
     let out = root.path().join("out");
     let config = small_config(Family::GraniteMoe);
     let stop = AtomicBool::new(true);
-    let request = SynthesizeRequest { interrupted: Some(&stop), ..SynthesizeRequest::new(&config, &out) };
+    let request = SynthesizeRequest {
+        interrupted: Some(&stop),
+        ..SynthesizeRequest::new(&config, &out)
+    };
     assert!(matches!(synthesize(&request), Err(SynthesizeError::Interrupted)));
     assert!(names(root.path()).is_empty());
 
@@ -215,7 +283,13 @@ fn nothing_is_left_of_interrupted_work_and_a_stale_rest_is_replaced() {
     assert_eq!(names(root.path()), ["out"]);
     assert_eq!(
         names(&out),
-        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json"
+        ]
     );
 }
 
@@ -229,9 +303,21 @@ fn a_write_error_is_reported_and_leaves_nothing() {
     let error = synthesize(&SynthesizeRequest::new(&config, Path::new("/"))).unwrap_err();
     assert!(matches!(error, SynthesizeError::Exists { .. }), "{error}");
     // A device that is always full: the reason must come through from the thread that writes.
-    let plans = shards::split(vec![PlannedTensor { name: "x".to_owned(), shape: vec![100] }], NumberFormat::F32, 1);
+    let plans = shards::split(
+        vec![PlannedTensor {
+            name: "x".to_owned(),
+            shape: vec![100],
+        }],
+        NumberFormat::F32,
+        1,
+    );
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
-    let writing = Writing { seed: 0, dtype: NumberFormat::F32, progress: &|_| {}, interrupted: None };
+    let writing = Writing {
+        seed: 0,
+        dtype: NumberFormat::F32,
+        progress: &|_| {},
+        interrupted: None,
+    };
     let error = shards::write_data(full, Path::new("shard"), &plans[0], &writing).unwrap_err();
     assert!(error.to_string().starts_with("shard: No space left"), "{error}");
 }
@@ -242,7 +328,16 @@ fn a_vocabulary_too_small_for_bytes_is_refused() {
     let out = root.path().join("out");
     let config = small_config(Family::Mixtral).replace("397", "260");
     let error = synthesize(&SynthesizeRequest::new(&config, &out)).unwrap_err();
-    assert!(matches!(error, SynthesizeError::Vocabulary { wanted: 261, found: 260 }), "{error}");
+    assert!(
+        matches!(
+            error,
+            SynthesizeError::Vocabulary {
+                wanted: 261,
+                found: 260
+            }
+        ),
+        "{error}"
+    );
 }
 
 #[test]
@@ -257,10 +352,15 @@ fn every_released_shape_has_the_parameters_its_name_tells_of() {
         ("mixtral-8x7b", 46.7),
     ] {
         let config = ModelConfig::from_json(Shape::by_name(name).unwrap().config_json).unwrap();
-        let parameters: usize =
-            planned_tensors(&config).iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+        let parameters: usize = planned_tensors(&config)
+            .iter()
+            .map(|tensor| tensor.shape.iter().product::<usize>())
+            .sum();
         let found = parameters as f64 / 1e9;
-        assert!((found - billions).abs() < 0.006 * billions, "{name}: {found} thousand million");
+        assert!(
+            (found - billions).abs() < 0.006 * billions,
+            "{name}: {found} thousand million"
+        );
     }
     assert_eq!(SHAPES.len(), 7);
     assert!(Shape::by_name("gpt-5").is_none());

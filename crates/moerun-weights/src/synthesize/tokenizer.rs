@@ -31,7 +31,10 @@ struct Specials {
 /// `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 pub(super) fn files(config: &ModelConfig) -> Result<Vec<TextFile>, SynthesizeError> {
     let specials = specials(config)?;
-    let file = |name, value: Value| TextFile { name, text: format!("{value:#}\n") };
+    let file = |name, value: Value| TextFile {
+        name,
+        text: format!("{value:#}\n"),
+    };
     Ok(vec![
         file("tokenizer.json", tokenizer(config.vocab_size, &specials)),
         file("tokenizer_config.json", tokenizer_config(config, &specials)),
@@ -43,7 +46,9 @@ pub(super) fn files(config: &ModelConfig) -> Result<Vec<TextFile>, SynthesizeErr
 fn specials(config: &ModelConfig) -> Result<Specials, SynthesizeError> {
     let mut names: BTreeMap<u32, String> = BTreeMap::new();
     for (i, &id) in config.eos_token_ids.iter().enumerate() {
-        names.entry(id).or_insert_with(|| if i == 0 { "</s>".to_owned() } else { format!("</s{i}>") });
+        names
+            .entry(id)
+            .or_insert_with(|| if i == 0 { "</s>".to_owned() } else { format!("</s{i}>") });
     }
     for (id, name) in [(config.bos_token_id, "<s>"), (config.pad_token_id, "<pad>")] {
         if let Some(id) = id {
@@ -52,7 +57,10 @@ fn specials(config: &ModelConfig) -> Result<Specials, SynthesizeError> {
     }
     let wanted = names.len() + 2 + 256;
     if wanted > config.vocab_size {
-        return Err(SynthesizeError::Vocabulary { wanted, found: config.vocab_size });
+        return Err(SynthesizeError::Vocabulary {
+            wanted,
+            found: config.vocab_size,
+        });
     }
     let mut turn_end = 0;
     for name in [TURN_START, TURN_END] {
@@ -69,8 +77,7 @@ fn free_ids(taken: &BTreeMap<u32, String>) -> impl Iterator<Item = u32> {
 fn tokenizer(vocab_size: usize, specials: &Specials) -> Value {
     let words = (0..).map(made_up_word);
     let others = (0..=u8::MAX).map(|byte| byte_character(byte).to_string()).chain(words);
-    let mut vocabulary: BTreeMap<String, u32> =
-        specials.names.iter().map(|(&id, name)| (name.clone(), id)).collect();
+    let mut vocabulary: BTreeMap<String, u32> = specials.names.iter().map(|(&id, name)| (name.clone(), id)).collect();
     let free = free_ids(&specials.names).take_while(|&id| (id as usize) < vocab_size);
     vocabulary.extend(free.zip(others).map(|(id, token)| (token, id)));
     let added_tokens: Vec<Value> = specials

@@ -9,7 +9,11 @@ use moerun_types::Family;
 use moerun_weights::{Checkpoint, Needs, WeightsError};
 
 pub(crate) fn golden(family: Family) -> PathBuf {
-    PathBuf::from(format!("{}/../../tests/golden/{}", env!("CARGO_MANIFEST_DIR"), family.model_type()))
+    PathBuf::from(format!(
+        "{}/../../tests/golden/{}",
+        env!("CARGO_MANIFEST_DIR"),
+        family.model_type()
+    ))
 }
 
 /// A copy of a golden checkpoint without its tokenizer and golden values.

@@ -18,17 +18,28 @@ pub(crate) type RawTensors = BTreeMap<String, RawTensor>;
 impl RawTensor {
     pub(crate) fn f32(shape: &[usize], values: &[f32]) -> Self {
         let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        RawTensor { dtype: "F32".to_owned(), shape: shape.to_vec(), data }
+        RawTensor {
+            dtype: "F32".to_owned(),
+            shape: shape.to_vec(),
+            data,
+        }
     }
 
     pub(crate) fn bytes(dtype: &str, shape: &[usize], data: Vec<u8>) -> Self {
-        RawTensor { dtype: dtype.to_owned(), shape: shape.to_vec(), data }
+        RawTensor {
+            dtype: dtype.to_owned(),
+            shape: shape.to_vec(),
+            data,
+        }
     }
 
     /// Values of an F32 tensor.
     pub(crate) fn values(&self) -> Vec<f32> {
         assert_eq!(self.dtype, "F32");
-        self.data.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+        self.data
+            .chunks_exact(4)
+            .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+            .collect()
     }
 }
 

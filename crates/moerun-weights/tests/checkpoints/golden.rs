@@ -45,7 +45,10 @@ fn the_trained_model_opens_in_its_own_format() {
     assert!(!checkpoint.has(TensorRole::Head), "the head is tied");
     let counts = ParameterCounts::of(checkpoint.config());
     let stored = fs::metadata(format!("{dir}/model.safetensors")).unwrap().len();
-    assert!(counts.total * 2 < stored && stored < counts.total * 2 + 65_536, "{counts:?} in {stored} bytes");
+    assert!(
+        counts.total * 2 < stored && stored < counts.total * 2 + 65_536,
+        "{counts:?} in {stored} bytes"
+    );
 }
 
 #[test]
@@ -71,7 +74,9 @@ fn tensors_outside_the_experts_have_the_stored_values() {
 fn pick(tensor: &RawTensor, expert: usize, [rows, cols]: [usize; 2], at: impl Fn(usize, usize) -> usize) -> Vec<f32> {
     let all = tensor.values();
     let size = all.len() / tensor.shape[0];
-    (0..rows * cols).map(|index| all[expert * size + at(index / cols, index % cols)]).collect()
+    (0..rows * cols)
+        .map(|index| all[expert * size + at(index / cols, index % cols)])
+        .collect()
 }
 
 fn wanted_expert(config: &ModelConfig, raw: &RawTensors, layer: u32, expert: usize) -> [Vec<f32>; 3] {
@@ -79,14 +84,20 @@ fn wanted_expert(config: &ModelConfig, raw: &RawTensors, layer: u32, expert: usi
     let (up_shape, down_shape) = ([width, hidden], [hidden, width]);
     let tensor = |name: &str| &raw[&format!("model.layers.{layer}.{name}")];
     match config.family {
-        Family::Mixtral | Family::PhiMoe => ["w1", "w3", "w2"]
-            .map(|name| tensor(&format!("block_sparse_moe.experts.{expert}.{name}.weight")).values()),
+        Family::Mixtral | Family::PhiMoe => {
+            ["w1", "w3", "w2"].map(|name| tensor(&format!("block_sparse_moe.experts.{expert}.{name}.weight")).values())
+        }
         Family::GraniteMoe => {
             let gate_up = tensor("block_sparse_moe.input_linear.weight");
             [
                 pick(gate_up, expert, up_shape, |row, col| row * hidden + col),
                 pick(gate_up, expert, up_shape, |row, col| (width + row) * hidden + col),
-                pick(tensor("block_sparse_moe.output_linear.weight"), expert, down_shape, |r, c| r * width + c),
+                pick(
+                    tensor("block_sparse_moe.output_linear.weight"),
+                    expert,
+                    down_shape,
+                    |r, c| r * width + c,
+                ),
             ]
         }
         Family::GptOss => {
@@ -94,7 +105,9 @@ fn wanted_expert(config: &ModelConfig, raw: &RawTensors, layer: u32, expert: usi
             [
                 pick(gate_up, expert, up_shape, |row, col| col * 2 * width + 2 * row),
                 pick(gate_up, expert, up_shape, |row, col| col * 2 * width + 2 * row + 1),
-                pick(tensor("mlp.experts.down_proj"), expert, down_shape, |row, col| col * hidden + row),
+                pick(tensor("mlp.experts.down_proj"), expert, down_shape, |row, col| {
+                    col * hidden + row
+                }),
             ]
         }
         Family::Llama4Text => {
@@ -102,7 +115,12 @@ fn wanted_expert(config: &ModelConfig, raw: &RawTensors, layer: u32, expert: usi
             [
                 pick(gate_up, expert, up_shape, |row, col| col * 2 * width + row),
                 pick(gate_up, expert, up_shape, |row, col| col * 2 * width + width + row),
-                pick(tensor("feed_forward.experts.down_proj"), expert, down_shape, |row, col| col * hidden + row),
+                pick(
+                    tensor("feed_forward.experts.down_proj"),
+                    expert,
+                    down_shape,
+                    |row, col| col * hidden + row,
+                ),
             ]
         }
         _ => ["gate_proj", "up_proj", "down_proj"]
@@ -118,14 +136,27 @@ fn experts_have_the_stored_values_whatever_their_layout() {
         let config = checkpoint.config();
         for layer in config.moe_layers() {
             for expert in 0..config.moe.as_ref().unwrap().num_experts {
-                let ExpertSource { gate_proj, up_proj, down_proj, gate_bias, up_bias, down_bias } =
-                    checkpoint.expert(layer, ExpertId(expert as u16)).unwrap();
+                let ExpertSource {
+                    gate_proj,
+                    up_proj,
+                    down_proj,
+                    gate_bias,
+                    up_bias,
+                    down_bias,
+                } = checkpoint.expert(layer, ExpertId(expert as u16)).unwrap();
                 let found = [&gate_proj, &up_proj, &down_proj].map(values);
-                assert_eq!(found, wanted_expert(config, &raw, layer.0, expert), "{family:?} {layer} {expert}");
+                assert_eq!(
+                    found,
+                    wanted_expert(config, &raw, layer.0, expert),
+                    "{family:?} {layer} {expert}"
+                );
                 let Some(gate_bias) = gate_bias else { continue };
                 let biases = &raw[&format!("model.layers.{layer}.mlp.experts.gate_up_proj_bias")];
-                let interleaved: Vec<f32> =
-                    gate_bias.iter().zip(up_bias.unwrap()).flat_map(|(&gate, up)| [gate, up]).collect();
+                let interleaved: Vec<f32> = gate_bias
+                    .iter()
+                    .zip(up_bias.unwrap())
+                    .flat_map(|(&gate, up)| [gate, up])
+                    .collect();
                 assert_eq!(interleaved, biases.values()[expert * 64..(expert + 1) * 64]);
                 let biases = &raw[&format!("model.layers.{layer}.mlp.experts.down_proj_bias")];
                 assert_eq!(down_bias.unwrap(), biases.values()[expert * 32..(expert + 1) * 32]);
@@ -145,7 +176,11 @@ fn parts_and_blocks_of_rows_are_those_of_whole_rows() {
             for (row, first, length) in [(0, 0, cols), (3, 5, 7), (source.rows() - 1, cols - 1, 1), (1, 2, 0)] {
                 let mut part = vec![0.0; length];
                 source.read_row_part(row, first, &mut part);
-                assert_eq!(part, all[row * cols + first..row * cols + first + length], "{family:?} {row} {first}");
+                assert_eq!(
+                    part,
+                    all[row * cols + first..row * cols + first + length],
+                    "{family:?} {row} {first}"
+                );
             }
             let mut block = vec![0.0; 3 * cols];
             source.read_rows(2, &mut block);
@@ -157,17 +192,28 @@ fn parts_and_blocks_of_rows_are_those_of_whole_rows() {
 #[test]
 fn data_at_odd_addresses_is_read() {
     for padding in 0..8 {
-        for (family, dtype) in [(Family::Qwen3Moe, Dtype::F32), (Family::GptOss, Dtype::Bf16), (Family::Llama, Dtype::F16)] {
+        for (family, dtype) in [
+            (Family::Qwen3Moe, Dtype::F32),
+            (Family::GptOss, Dtype::Bf16),
+            (Family::Llama, Dtype::F16),
+        ] {
             let dir = copy_of(family);
             let path = dir.path().join("model.safetensors");
             let whole = files::read(&path);
-            let stored: RawTensors = whole.iter().map(|(name, tensor)| (name.clone(), as_type(tensor, dtype))).collect();
+            let stored: RawTensors = whole
+                .iter()
+                .map(|(name, tensor)| (name.clone(), as_type(tensor, dtype)))
+                .collect();
             files::write_padded(&path, &stored, padding);
             let checkpoint = open(dir.path()).unwrap();
             let found = values(&checkpoint.matrix(TensorRole::Embedding).unwrap());
             let wanted = rounded(&whole["model.embed_tokens.weight"], dtype);
             assert_eq!(found, wanted, "{family:?} padding {padding}");
-            let wanted = if dtype == Dtype::Bf16 { NumberFormat::Bf16 } else { NumberFormat::F32 };
+            let wanted = if dtype == Dtype::Bf16 {
+                NumberFormat::Bf16
+            } else {
+                NumberFormat::F32
+            };
             assert_eq!(checkpoint.default_format(), wanted);
         }
     }
@@ -176,8 +222,14 @@ fn data_at_odd_addresses_is_read() {
 fn as_type(tensor: &RawTensor, dtype: Dtype) -> RawTensor {
     let values = tensor.values();
     let data = match dtype {
-        Dtype::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
-        Dtype::Bf16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
+        Dtype::F16 => values
+            .iter()
+            .flat_map(|&value| half::f16::from_f32(value).to_le_bytes())
+            .collect(),
+        Dtype::Bf16 => values
+            .iter()
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect(),
         _ => tensor.data.clone(),
     };
     RawTensor::bytes(dtype.name(), &tensor.shape, data)
@@ -208,7 +260,9 @@ fn types_may_differ_from_tensor_to_tensor() {
     let checkpoint = open(dir.path()).unwrap();
     assert_eq!(checkpoint.default_format(), NumberFormat::Bf16);
     let layer = checkpoint.config().moe_layers()[0];
-    let router = checkpoint.matrix(TensorRole::Layer(layer, LayerTensor::Router)).unwrap();
+    let router = checkpoint
+        .matrix(TensorRole::Layer(layer, LayerTensor::Router))
+        .unwrap();
     assert_eq!(router.dtype(), Dtype::F32);
 }
 
@@ -251,18 +305,27 @@ fn memory_is_that_of_padded_panels() {
 fn a_language_model_cut_from_a_multimodal_checkpoint_keeps_its_prefix() {
     let dir = copy_of(Family::Llama4Text);
     let path = dir.path().join("model.safetensors");
-    let tensors: RawTensors =
-        files::read(&path).into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)).collect();
+    let tensors: RawTensors = files::read(&path)
+        .into_iter()
+        .map(|(name, tensor)| (format!("language_model.{name}"), tensor))
+        .collect();
     files::write(&path, &tensors);
     let checkpoint = open(dir.path()).unwrap();
-    assert_eq!(checkpoint.expert_header_hash(), open(&golden(Family::Llama4Text)).unwrap().expert_header_hash());
+    assert_eq!(
+        checkpoint.expert_header_hash(),
+        open(&golden(Family::Llama4Text)).unwrap().expert_header_hash()
+    );
 }
 
 #[test]
 fn known_extras_of_a_family_are_skipped() {
     for (family, name, changes) in [
         (Family::DeepseekV3, "model.layers.3.eh_proj.weight", json!({})),
-        (Family::Glm4Moe, "model.layers.3.mlp.experts.0.up_proj.weight", json!({})),
+        (
+            Family::Glm4Moe,
+            "model.layers.3.mlp.experts.0.up_proj.weight",
+            json!({}),
+        ),
         (Family::Ernie45Moe, "model.mtp_block.0.mlp.up_proj.weight", json!({})),
         (Family::Llama, "model.layers.0.self_attn.rotary_emb.inv_freq", json!({})),
         (Family::Llama, "lm_head.weight", json!({ "tie_word_embeddings": true })),

@@ -92,14 +92,34 @@ fn missing_tensors_are_named_with_their_shape() {
     for (family, name, shape) in [
         (Family::Mixtral, "model.norm.weight", "[32]"),
         (Family::Mixtral, "lm_head.weight", "[320, 32]"),
-        (Family::Mixtral, "model.layers.1.block_sparse_moe.experts.7.w3.weight", "[48, 32]"),
+        (
+            Family::Mixtral,
+            "model.layers.1.block_sparse_moe.experts.7.w3.weight",
+            "[48, 32]",
+        ),
         (Family::GptOss, "model.layers.0.self_attn.sinks", "[4]"),
         (Family::GptOss, "model.layers.1.mlp.experts.down_proj_bias", "[8, 32]"),
         (Family::PhiMoe, "lm_head.bias", "[320]"),
-        (Family::Glm4Moe, "model.layers.1.mlp.gate.e_score_correction_bias", "[8]"),
-        (Family::Ernie45Moe, "model.layers.2.mlp.moe_statics.e_score_correction_bias", "[1, 8]"),
-        (Family::DeepseekV3, "model.layers.2.self_attn.kv_b_proj.weight", "[88, 16]"),
-        (Family::Qwen2Moe, "model.layers.0.mlp.shared_expert_gate.weight", "[1, 32]"),
+        (
+            Family::Glm4Moe,
+            "model.layers.1.mlp.gate.e_score_correction_bias",
+            "[8]",
+        ),
+        (
+            Family::Ernie45Moe,
+            "model.layers.2.mlp.moe_statics.e_score_correction_bias",
+            "[1, 8]",
+        ),
+        (
+            Family::DeepseekV3,
+            "model.layers.2.self_attn.kv_b_proj.weight",
+            "[88, 16]",
+        ),
+        (
+            Family::Qwen2Moe,
+            "model.layers.0.mlp.shared_expert_gate.weight",
+            "[1, 32]",
+        ),
     ] {
         let dir = edited(family, |tensors| drop(tensors.remove(name).unwrap()));
         refused(dir.path(), &[name, "missing", shape, "found nothing"]);
@@ -113,16 +133,23 @@ fn a_tensor_of_another_name_is_named_beside_the_missing_one() {
         tensors.insert("model.layers.1.mlp.gate.weight".to_owned(), router);
         tensors.insert("aaa".to_owned(), RawTensor::f32(&[1], &[0.0]));
     });
-    let (wanted, found) = ("model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.mlp.gate.weight");
+    let (wanted, found) = (
+        "model.layers.1.block_sparse_moe.gate.weight",
+        "model.layers.1.mlp.gate.weight",
+    );
     refused(dir.path(), &[wanted, "missing", found]);
 }
 
 #[test]
 fn misshaped_tensors_are_named_with_both_shapes() {
     let name = "model.layers.0.self_attn.k_proj.weight";
-    let dir = edited(Family::Llama, |tensors| tensors.get_mut(name).unwrap().shape = vec![32, 16]);
+    let dir = edited(Family::Llama, |tensors| {
+        tensors.get_mut(name).unwrap().shape = vec![32, 16]
+    });
     refused(dir.path(), &[name, "[16, 32]", "[32, 16]"]);
-    let dir = edited(Family::Llama, |tensors| tensors.get_mut("model.norm.weight").unwrap().shape = vec![1, 32]);
+    let dir = edited(Family::Llama, |tensors| {
+        tensors.get_mut("model.norm.weight").unwrap().shape = vec![1, 32]
+    });
     refused(dir.path(), &["model.norm.weight", "[32]", "[1, 32]"]);
     let dir = copy_of(Family::Llama);
     change_config(dir.path(), json!({ "vocab_size": 321 }));
@@ -131,7 +158,14 @@ fn misshaped_tensors_are_named_with_both_shapes() {
 
 #[test]
 fn wrongly_typed_tensors_are_named_with_both_types() {
-    for (dtype, bytes) in [("I32", 4), ("F64", 8), ("U8", 1), ("F8_E4M3", 1), ("BOOL", 1), ("I64", 8)] {
+    for (dtype, bytes) in [
+        ("I32", 4),
+        ("F64", 8),
+        ("U8", 1),
+        ("F8_E4M3", 1),
+        ("BOOL", 1),
+        ("I64", 8),
+    ] {
         let dir = edited(Family::Llama, |tensors| {
             let tensor = RawTensor::bytes(dtype, &[32], vec![0; 32 * bytes]);
             tensors.insert("model.norm.weight".to_owned(), tensor);
@@ -157,8 +191,10 @@ fn unexpected_tensors_are_named_with_their_file() {
     }
     let dir = copy_of(Family::Llama4Text);
     let path = dir.path().join("model.safetensors");
-    let mut tensors: RawTensors =
-        files::read(&path).into_iter().map(|(name, tensor)| (format!("language_model.{name}"), tensor)).collect();
+    let mut tensors: RawTensors = files::read(&path)
+        .into_iter()
+        .map(|(name, tensor)| (format!("language_model.{name}"), tensor))
+        .collect();
     tensors.insert("vision_model.class_embedding".to_owned(), RawTensor::f32(&[1], &[0.0]));
     files::write(&path, &tensors);
     refused(dir.path(), &["model.embed_tokens.weight", "missing"]);
@@ -170,13 +206,27 @@ fn truncated_and_overlong_files_are_refused() {
     let length = whole.len().to_string();
     for cut in [1, 4, 1000] {
         let dir = with_weights(&whole[..whole.len() - cut]);
-        refused(dir.path(), &["model.safetensors", "truncated", &length, &(whole.len() - cut).to_string()]);
+        refused(
+            dir.path(),
+            &[
+                "model.safetensors",
+                "truncated",
+                &length,
+                &(whole.len() - cut).to_string(),
+            ],
+        );
     }
     for short in [0, 7] {
-        refused(with_weights(&whole[..short]).path(), &["truncated", "wanted 8 bytes", &format!("found {short}")]);
+        refused(
+            with_weights(&whole[..short]).path(),
+            &["truncated", "wanted 8 bytes", &format!("found {short}")],
+        );
     }
     refused(with_weights(&whole[..100]).path(), &["truncated", "found 100"]);
-    refused(with_weights(&[&whole[..], &[0; 3]].concat()).path(), &["model.safetensors", &length]);
+    refused(
+        with_weights(&[&whole[..], &[0; 3]].concat()).path(),
+        &["model.safetensors", &length],
+    );
 }
 
 #[test]
@@ -201,11 +251,23 @@ fn impossible_headers_are_refused() {
         (entry("F32", json!([-1]), json!([0, 4])), 4, &["tensor a", "-1"]),
         (entry("F33", json!([1]), json!([0, 4])), 4, &["tensor a", "F33"]),
         (entry("F32", json!([1]), json!([4, 0])), 4, &["tensor a", "4..0"]),
-        (entry("F32", json!([2]), json!([0, 4])), 4, &["tensor a", "8 bytes", "4 bytes"]),
-        (entry("F32", json!([u64::MAX, 2]), json!([0, 4])), 4, &["tensor a", "counted"]),
+        (
+            entry("F32", json!([2]), json!([0, 4])),
+            4,
+            &["tensor a", "8 bytes", "4 bytes"],
+        ),
+        (
+            entry("F32", json!([u64::MAX, 2]), json!([0, 4])),
+            4,
+            &["tensor a", "counted"],
+        ),
         (entry("F32", json!(vec![1; 9]), json!([0, 4])), 4, &["tensor a", "9"]),
         (entry("F32", json!([1]), json!([0, 4])), 2, &["truncated"]),
-        (entry("F32", json!([1]), json!([u64::MAX - 4, u64::MAX])), 4, &["truncated"]),
+        (
+            entry("F32", json!([1]), json!([u64::MAX - 4, u64::MAX])),
+            4,
+            &["truncated"],
+        ),
         (entry("F32", json!([1]), json!([4, 8])), 8, &["tensor a", "byte 4"]),
         (entry("F32", json!([1]), json!([0, 4])), 8, &["header", "wanted"]),
         (
@@ -222,7 +284,11 @@ fn impossible_headers_are_refused() {
             8,
             &["tensor a", "twice"],
         ),
-        (entry("F32", json!([1]), json!([0, 4])).replace("\"a\"", &format!("\"{}\"", "n".repeat(513))), 4, &["512", "513"]),
+        (
+            entry("F32", json!([1]), json!([0, 4])).replace("\"a\"", &format!("\"{}\"", "n".repeat(513))),
+            4,
+            &["512", "513"],
+        ),
         ("[".repeat(100_000), 0, &["header"]),
     ] {
         refused(with_header(&header, &vec![0; data]).path(), words);
@@ -232,7 +298,10 @@ fn impossible_headers_are_refused() {
 #[test]
 fn an_empty_header_lacks_every_tensor() {
     refused(with_header("{}", &[]).path(), &["model.embed_tokens.weight", "missing"]);
-    refused(with_header("{\"__metadata__\": {\"format\": \"pt\"}}", &[]).path(), &["missing"]);
+    refused(
+        with_header("{\"__metadata__\": {\"format\": \"pt\"}}", &[]).path(),
+        &["missing"],
+    );
 }
 
 #[test]
@@ -243,11 +312,20 @@ fn pickles_are_never_read() {
         fs::write(dir.path().join(name), b"\x80\x02}q\x00.").unwrap();
         refused(dir.path(), &[name, "pickle"]);
     }
-    refused(with_weights(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").path(), &["model.safetensors", "pickle"]);
-    refused(with_weights(b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00").path(), &["model.safetensors", "pickle"]);
+    refused(
+        with_weights(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").path(),
+        &["model.safetensors", "pickle"],
+    );
+    refused(
+        with_weights(b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00").path(),
+        &["model.safetensors", "pickle"],
+    );
     let dir = copy_of(Family::Llama);
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-    refused(dir.path(), &["model.safetensors", "model.safetensors.index.json", "neither"]);
+    refused(
+        dir.path(),
+        &["model.safetensors", "model.safetensors.index.json", "neither"],
+    );
 }
 
 #[test]
@@ -358,7 +436,10 @@ fn malformed_index_files_are_refused() {
         ("{\"weight_map\": {}}", &["index.json", "weight_map"]),
         ("{\"weight_map\": {\"a\": 1}}", &["index.json", "string"]),
         ("{\"weight_map\": [\"a\"]}", &["index.json", "object"]),
-        ("{\"weight_map\": {\"a\": \"x.safetensors\", \"a\": \"y.safetensors\"}}", &["tensor a", "twice", "x.s", "y.s"]),
+        (
+            "{\"weight_map\": {\"a\": \"x.safetensors\", \"a\": \"y.safetensors\"}}",
+            &["tensor a", "twice", "x.s", "y.s"],
+        ),
     ] {
         let dir = with_index(|_| {});
         fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
@@ -401,7 +482,10 @@ fn encoders_and_classifiers_are_refused_by_name() {
         ("nllb_moe", &["model_type", "nllb-moe"]),
         ("nomic_moe", &["model_type", "nomic_bert"]),
         ("mixtral_seqcls", &["architectures", "MixtralForSequenceClassification"]),
-        ("qwen3_moe_seqcls", &["architectures", "Qwen3MoeForSequenceClassification"]),
+        (
+            "qwen3_moe_seqcls",
+            &["architectures", "Qwen3MoeForSequenceClassification"],
+        ),
     ] {
         let dir = golden(Family::Llama).parent().unwrap().join(folder);
         refused(&dir, words);

@@ -24,7 +24,10 @@ fn keep(dir: &std::path::Path, keep: impl Fn(&str) -> bool) {
 
 #[test]
 fn a_gateway_needs_no_experts_and_a_worker_nothing_else() {
-    for family in Family::ALL.into_iter().filter(|family| !matches!(family, Family::Llama | Family::Qwen3)) {
+    for family in Family::ALL
+        .into_iter()
+        .filter(|family| !matches!(family, Family::Llama | Family::Qwen3))
+    {
         let whole = open(&golden(family)).unwrap();
         let layer = whole.config().moe_layers()[0];
 
@@ -55,7 +58,9 @@ fn a_gateway_needs_no_experts_and_a_worker_nothing_else() {
 #[test]
 fn an_expert_without_one_of_its_matrices_is_not_there() {
     let dir = copy_of(Family::Mixtral);
-    keep(dir.path(), |name| !name.contains("layers.1.block_sparse_moe.experts.5.w2"));
+    keep(dir.path(), |name| {
+        !name.contains("layers.1.block_sparse_moe.experts.5.w2")
+    });
     let gateway = Checkpoint::open(dir.path(), Needs::GatewayOnly).unwrap();
     assert!(!gateway.has_expert(LayerId(1), ExpertId(5)));
     assert!(gateway.has_expert(LayerId(1), ExpertId(4)) && gateway.has_expert(LayerId(0), ExpertId(5)));

@@ -22,7 +22,10 @@ fn fp8_checkpoint() -> (tempfile::TempDir, RawTensors) {
     let dir = copy_of(Family::DeepseekV3);
     let quantization = json!({ "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
         "weight_block_size": [16, 24] });
-    change_config(dir.path(), json!({ "quantization_config": quantization, "dtype": "bfloat16" }));
+    change_config(
+        dir.path(),
+        json!({ "quantization_config": quantization, "dtype": "bfloat16" }),
+    );
     let path = dir.path().join("model.safetensors");
     let mut tensors = files::read(&path);
     for (name, shape) in [(EXPERT, [20, 32]), (OUTPUT, [32, 40])] {
@@ -45,7 +48,11 @@ fn rewrite(dir: &Path, tensors: &RawTensors) {
 /// The format's definition, not the table that the reader uses.
 fn e4m3(code: usize) -> f32 {
     let (exponent, mantissa) = (code >> 3, (code & 7) as f32);
-    if exponent == 0 { mantissa / 512.0 } else { (8.0 + mantissa) * 2f32.powi(exponent as i32 - 10) }
+    if exponent == 0 {
+        mantissa / 512.0
+    } else {
+        (8.0 + mantissa) * 2f32.powi(exponent as i32 - 10)
+    }
 }
 
 #[test]
@@ -54,8 +61,13 @@ fn fp8_weights_are_codes_times_the_scale_of_their_block() {
     let checkpoint = open(dir.path()).unwrap();
     assert_eq!(checkpoint.default_format(), NumberFormat::Bf16);
     let expert = checkpoint.expert(LayerId(1), ExpertId(2)).unwrap();
-    assert_eq!((expert.gate_proj.dtype(), expert.up_proj.dtype()), (Dtype::F8E4M3, Dtype::F32));
-    let output = checkpoint.matrix(TensorRole::Layer(LayerId(0), LayerTensor::OProj)).unwrap();
+    assert_eq!(
+        (expert.gate_proj.dtype(), expert.up_proj.dtype()),
+        (Dtype::F8E4M3, Dtype::F32)
+    );
+    let output = checkpoint
+        .matrix(TensorRole::Layer(LayerId(0), LayerTensor::OProj))
+        .unwrap();
     for source in [&expert.gate_proj, &output] {
         let cols = source.cols();
         for r in 0..source.rows() {
@@ -77,8 +89,12 @@ fn fp8_weights_are_codes_times_the_scale_of_their_block() {
 fn fp8_scales_belong_to_the_hash_of_every_block_they_reach() {
     let (dir, mut tensors) = fp8_checkpoint();
     let blocks = BlockRange { first: 0, end: 3 };
-    let hashes =
-        || open(dir.path()).unwrap().expert_block_hashes(LayerId(1), ExpertId(2), blocks, 8).unwrap();
+    let hashes = || {
+        open(dir.path())
+            .unwrap()
+            .expert_block_hashes(LayerId(1), ExpertId(2), blocks, 8)
+            .unwrap()
+    };
     let before = hashes();
     // Rows 16.. of the gate, which are in combine block 2 of 8.
     tensors.get_mut(&format!("{EXPERT}_scale_inv")).unwrap().data[3 * 4 + 2] ^= 1;
@@ -113,7 +129,10 @@ fn fp8_tensors_need_right_scales_beside_them() {
     assert_refused(dir.path(), Needs::All, &["o_proj.weight_scale", "unexpected"]);
 
     let mut wrong = tensors.clone();
-    wrong.insert("model.norm.weight".to_owned(), RawTensor::bytes("F8_E4M3", &[32], vec![0; 32]));
+    wrong.insert(
+        "model.norm.weight".to_owned(),
+        RawTensor::bytes("F8_E4M3", &[32], vec![0; 32]),
+    );
     rewrite(dir.path(), &wrong);
     assert_refused(dir.path(), Needs::All, &["model.norm.weight", "F8_E4M3"]);
 
@@ -139,11 +158,20 @@ fn mxfp4_checkpoint() -> tempfile::TempDir {
             let codes = (0..groups * 16).map(|byte| (byte * 7 % 256) as u8).collect();
             let exponents = (0..groups).map(|group| 120 + (group % 10) as u8).collect();
             let shape_of_codes = [shape[0], shape[1], shape[2], 16];
-            tensors.insert(format!("{experts}.{name}_blocks"), RawTensor::bytes("U8", &shape_of_codes, codes));
-            tensors.insert(format!("{experts}.{name}_scales"), RawTensor::bytes("U8", &shape, exponents));
+            tensors.insert(
+                format!("{experts}.{name}_blocks"),
+                RawTensor::bytes("U8", &shape_of_codes, codes),
+            );
+            tensors.insert(
+                format!("{experts}.{name}_scales"),
+                RawTensor::bytes("U8", &shape, exponents),
+            );
         }
         let biases: Vec<f32> = (0..8 * 128).map(|index| index as f32).collect();
-        tensors.insert(format!("{experts}.gate_up_proj_bias"), RawTensor::f32(&[8, 128], &biases));
+        tensors.insert(
+            format!("{experts}.gate_up_proj_bias"),
+            RawTensor::f32(&[8, 128], &biases),
+        );
     }
     files::write(&path, &tensors);
     dir
@@ -166,7 +194,11 @@ fn mxfp4_weights_are_codes_times_powers_of_two() {
     for expert in [0, 5] {
         let source = checkpoint.expert(LayerId(0), ExpertId(expert as u16)).unwrap();
         for r in 0..64 {
-            let wanted = |half| (0..32).map(|c| mxfp4(expert * 128 + 2 * r + half, c)).collect::<Vec<f32>>();
+            let wanted = |half| {
+                (0..32)
+                    .map(|c| mxfp4(expert * 128 + 2 * r + half, c))
+                    .collect::<Vec<f32>>()
+            };
             assert_eq!(row(&source.gate_proj, r), wanted(0), "expert {expert} row {r}");
             assert_eq!(row(&source.up_proj, r), wanted(1), "expert {expert} row {r}");
         }
@@ -188,13 +220,20 @@ fn mxfp4_weights_are_codes_times_powers_of_two() {
 fn mxfp4_groups_belong_to_the_hash_of_every_block_they_reach() {
     let dir = mxfp4_checkpoint();
     let blocks = BlockRange { first: 0, end: 8 };
-    let hashes =
-        || open(dir.path()).unwrap().expert_block_hashes(LayerId(0), ExpertId(1), blocks, 8).unwrap();
+    let hashes = || {
+        open(dir.path())
+            .unwrap()
+            .expert_block_hashes(LayerId(0), ExpertId(1), blocks, 8)
+            .unwrap()
+    };
     let before = hashes();
     let path = dir.path().join("model.safetensors");
     let mut tensors = files::read(&path);
     // The second group of a down row: columns 32..64, blocks 4..8.
-    tensors.get_mut(&format!("{MXFP4_EXPERTS}.down_proj_scales")).unwrap().data[64 + 1] ^= 1;
+    tensors
+        .get_mut(&format!("{MXFP4_EXPERTS}.down_proj_scales"))
+        .unwrap()
+        .data[64 + 1] ^= 1;
     files::write(&path, &tensors);
     let after = hashes();
     let changed: Vec<usize> = (0..8).filter(|&block| before[block] != after[block]).collect();

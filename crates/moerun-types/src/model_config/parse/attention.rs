@@ -2,10 +2,8 @@
 
 use serde_json::Value;
 
-use super::{ConfigError, Fields, HEADS, HEAD_DIM, LOW_RANK, POSITIONS, fields::shorten};
-use crate::{
-    AttentionConfig, AttentionMask, AttentionTemperature, Family, GroupedAttention, LatentAttention, QkNorm,
-};
+use super::{ConfigError, Fields, HEAD_DIM, HEADS, LOW_RANK, POSITIONS, fields::shorten};
+use crate::{AttentionConfig, AttentionMask, AttentionTemperature, Family, GroupedAttention, LatentAttention, QkNorm};
 
 /// Heads and projections. `scale` does not yet contain what the rotary scaling adds to latent attention.
 pub(super) fn parse(fields: Fields<'_>, family: Family, hidden: usize) -> Result<AttentionConfig, ConfigError> {
@@ -52,7 +50,11 @@ fn head_dim(fields: Fields<'_>, family: Family, hidden: usize, num_heads: usize)
         Family::Qwen3 | Family::Llama4Text => Ok(128),
         Family::GptOss => Ok(64),
         _ if hidden.is_multiple_of(num_heads) => Ok(hidden / num_heads),
-        _ => Err(fields.invalid("num_attention_heads", format!("a divisor of hidden_size, {hidden}"), num_heads)),
+        _ => Err(fields.invalid(
+            "num_attention_heads",
+            format!("a divisor of hidden_size, {hidden}"),
+            num_heads,
+        )),
     }
 }
 
@@ -119,15 +121,31 @@ pub(super) fn masks(
     rotary: &[bool],
 ) -> Result<Vec<AttentionMask>, ConfigError> {
     let derived = derived_masks(fields, family, num_layers, rotary);
-    let Some(names) = fields.list("layer_types")? else { return derived };
+    let Some(names) = fields.list("layer_types")? else {
+        return derived;
+    };
     if names.len() != num_layers {
-        return Err(fields.invalid("layer_types", format!("{num_layers} entries"), format!("{} entries", names.len())));
+        return Err(fields.invalid(
+            "layer_types",
+            format!("{num_layers} entries"),
+            format!("{} entries", names.len()),
+        ));
     }
-    let named = names.iter().map(|name| named_mask(fields, name)).collect::<Result<Vec<_>, _>>()?;
-    let obeys = matches!(family, Family::Qwen2Moe | Family::Qwen3 | Family::GptOss | Family::Llama4Text);
+    let named = names
+        .iter()
+        .map(|name| named_mask(fields, name))
+        .collect::<Result<Vec<_>, _>>()?;
+    let obeys = matches!(
+        family,
+        Family::Qwen2Moe | Family::Qwen3 | Family::GptOss | Family::Llama4Text
+    );
     // The other families' upstream code does not read `layer_types`: what it does instead must say the same.
     if !obeys && named != derived? {
-        return Err(fields.unsupported("layer_types", "what the other fields say in this family", "something else"));
+        return Err(fields.unsupported(
+            "layer_types",
+            "what the other fields say in this family",
+            "something else",
+        ));
     }
     Ok(named)
 }
@@ -145,11 +163,15 @@ fn named_mask(fields: Fields<'_>, name: &Value) -> Result<AttentionMask, ConfigE
 }
 
 fn window(fields: Fields<'_>) -> Result<AttentionMask, ConfigError> {
-    Ok(AttentionMask::SlidingWindow { window: fields.size("sliding_window", POSITIONS)? })
+    Ok(AttentionMask::SlidingWindow {
+        window: fields.size("sliding_window", POSITIONS)?,
+    })
 }
 
 fn chunk(fields: Fields<'_>) -> Result<AttentionMask, ConfigError> {
-    Ok(AttentionMask::Chunked { size: fields.size_or("attention_chunk_size", POSITIONS, 8192)? })
+    Ok(AttentionMask::Chunked {
+        size: fields.size_or("attention_chunk_size", POSITIONS, 8192)?,
+    })
 }
 
 /// The masks that upstream takes when there is no `layer_types`.
@@ -160,7 +182,15 @@ fn derived_masks(
     rotary: &[bool],
 ) -> Result<Vec<AttentionMask>, ConfigError> {
     let windowed_if = |sliding: &dyn Fn(usize) -> bool| {
-        (0..num_layers).map(|layer| if sliding(layer) { window(fields) } else { Ok(AttentionMask::Full) }).collect()
+        (0..num_layers)
+            .map(|layer| {
+                if sliding(layer) {
+                    window(fields)
+                } else {
+                    Ok(AttentionMask::Full)
+                }
+            })
+            .collect()
     };
     match family {
         Family::Mixtral | Family::PhiMoe => windowed_if(&|_| fields.get("sliding_window").is_some()),
@@ -182,17 +212,16 @@ fn derived_masks(
             let first = fields.size_or("max_window_layers", 0..=usize::MAX, 28)?;
             windowed_if(&|layer| layer >= first && fields.get("sliding_window").is_some())
         }
-        Family::Llama4Text => rotary.iter().map(|&r| if r { chunk(fields) } else { Ok(AttentionMask::Full) }).collect(),
+        Family::Llama4Text => rotary
+            .iter()
+            .map(|&r| if r { chunk(fields) } else { Ok(AttentionMask::Full) })
+            .collect(),
         _ => windowed_if(&|_| false),
     }
 }
 
 /// Which layers rotate queries and keys: all, but for llama4's every fourth.
-pub(super) fn rotary_layers(
-    fields: Fields<'_>,
-    family: Family,
-    num_layers: usize,
-) -> Result<Vec<bool>, ConfigError> {
+pub(super) fn rotary_layers(fields: Fields<'_>, family: Family, num_layers: usize) -> Result<Vec<bool>, ConfigError> {
     if family != Family::Llama4Text {
         return Ok(vec![true; num_layers]);
     }
@@ -204,7 +233,9 @@ pub(super) fn rotary_layers(
         }
         _ => {
             let interval = fields.size_or("no_rope_layer_interval", 1..=usize::MAX, 4)?;
-            Ok((1..=num_layers).map(|number| !number.is_multiple_of(interval)).collect())
+            Ok((1..=num_layers)
+                .map(|number| !number.is_multiple_of(interval))
+                .collect())
         }
     }
 }

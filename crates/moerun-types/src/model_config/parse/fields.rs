@@ -30,24 +30,42 @@ impl<'a> Fields<'a> {
 
     /// Names of all fields that are not null.
     pub(super) fn names(self) -> impl Iterator<Item = &'a str> {
-        self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name.as_str())
+        self.map
+            .iter()
+            .filter(|(_, value)| !value.is_null())
+            .map(|(name, _)| name.as_str())
     }
 
     /// `name` with the objects around it.
     pub(super) fn path(self, name: &str) -> String {
-        if self.scope.is_empty() { name.to_owned() } else { format!("{}.{name}", self.scope) }
+        if self.scope.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.scope)
+        }
     }
 
     pub(super) fn missing(self, name: &str, wanted: impl Into<String>) -> ConfigError {
-        ConfigError::Missing { field: self.path(name), wanted: wanted.into() }
+        ConfigError::Missing {
+            field: self.path(name),
+            wanted: wanted.into(),
+        }
     }
 
     pub(super) fn invalid(self, name: &str, wanted: impl Into<String>, found: impl ToString) -> ConfigError {
-        ConfigError::Invalid { field: self.path(name), wanted: wanted.into(), found: found.to_string() }
+        ConfigError::Invalid {
+            field: self.path(name),
+            wanted: wanted.into(),
+            found: found.to_string(),
+        }
     }
 
     pub(super) fn unsupported(self, name: &str, wanted: impl Into<String>, found: impl ToString) -> ConfigError {
-        ConfigError::Unsupported { field: self.path(name), wanted: wanted.into(), found: found.to_string() }
+        ConfigError::Unsupported {
+            field: self.path(name),
+            wanted: wanted.into(),
+            found: found.to_string(),
+        }
     }
 
     /// A nested object.
@@ -60,11 +78,7 @@ impl<'a> Fields<'a> {
     }
 
     /// An integer within `range`.
-    pub(super) fn optional_size(
-        self,
-        name: &str,
-        range: RangeInclusive<usize>,
-    ) -> Result<Option<usize>, ConfigError> {
+    pub(super) fn optional_size(self, name: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(name) else { return Ok(None) };
         size_in(value, &range)
             .map(Some)
@@ -73,7 +87,8 @@ impl<'a> Fields<'a> {
 
     /// An integer within `range` that must be there.
     pub(super) fn size(self, name: &str, range: RangeInclusive<usize>) -> Result<usize, ConfigError> {
-        self.optional_size(name, range.clone())?.ok_or_else(|| self.missing(name, integer_wanted(&range)))
+        self.optional_size(name, range.clone())?
+            .ok_or_else(|| self.missing(name, integer_wanted(&range)))
     }
 
     /// An integer within `range`, or `default`.
@@ -90,7 +105,9 @@ impl<'a> Fields<'a> {
     pub(super) fn size_of_any(self, names: &[&str], range: RangeInclusive<usize>) -> Result<usize, ConfigError> {
         let mut chosen: Option<(&str, usize)> = None;
         for &name in names {
-            let Some(found) = self.optional_size(name, range.clone())? else { continue };
+            let Some(found) = self.optional_size(name, range.clone())? else {
+                continue;
+            };
             match chosen {
                 Some((other, wanted)) if wanted != found => {
                     return Err(self.invalid(name, format!("{wanted} as in {other}"), found));
@@ -98,15 +115,13 @@ impl<'a> Fields<'a> {
                 _ => chosen = Some((name, found)),
             }
         }
-        chosen.map(|(_, size)| size).ok_or_else(|| self.missing(names[0], integer_wanted(&range)))
+        chosen
+            .map(|(_, size)| size)
+            .ok_or_else(|| self.missing(names[0], integer_wanted(&range)))
     }
 
     /// A list of integers within `range`.
-    pub(super) fn sizes(
-        self,
-        name: &str,
-        range: RangeInclusive<usize>,
-    ) -> Result<Option<Vec<usize>>, ConfigError> {
+    pub(super) fn sizes(self, name: &str, range: RangeInclusive<usize>) -> Result<Option<Vec<usize>>, ConfigError> {
         let Some(items) = self.list(name)? else { return Ok(None) };
         let wanted = || format!("a list, each {}", integer_wanted(&range));
         items
@@ -126,7 +141,9 @@ impl<'a> Fields<'a> {
 
     /// A list of positive numbers.
     pub(super) fn positive_numbers(self, name: &str) -> Result<Vec<f64>, ConfigError> {
-        let items = self.list(name)?.ok_or_else(|| self.missing(name, "a list of positive numbers"))?;
+        let items = self
+            .list(name)?
+            .ok_or_else(|| self.missing(name, "a list of positive numbers"))?;
         items
             .iter()
             .map(|item| {
@@ -140,10 +157,14 @@ impl<'a> Fields<'a> {
     /// A number within `range`.
     pub(super) fn number(self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f64>, ConfigError> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
-            let wanted = format!("a number from {:e} to {:e}", range.start(), range.end());
-            self.invalid(name, wanted, shorten(value))
-        })
+        value
+            .as_f64()
+            .filter(|number| range.contains(number))
+            .map(Some)
+            .ok_or_else(|| {
+                let wanted = format!("a number from {:e} to {:e}", range.start(), range.end());
+                self.invalid(name, wanted, shorten(value))
+            })
     }
 
     /// A number within `range`, or `default`, in single precision.
@@ -169,7 +190,10 @@ impl<'a> Fields<'a> {
 }
 
 fn size_in(value: &Value, range: &RangeInclusive<usize>) -> Option<usize> {
-    value.as_u64().and_then(|number| usize::try_from(number).ok()).filter(|number| range.contains(number))
+    value
+        .as_u64()
+        .and_then(|number| usize::try_from(number).ok())
+        .filter(|number| range.contains(number))
 }
 
 fn integer_wanted(range: &RangeInclusive<usize>) -> String {

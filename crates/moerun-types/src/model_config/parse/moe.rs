@@ -15,12 +15,18 @@ pub(super) fn feed_forwards(
     num_layers: usize,
 ) -> Result<Vec<FeedForwardKind>, ConfigError> {
     let is_moe = moe_layers(fields, family, num_layers)?;
-    let name = if family == Family::Llama4Text { "intermediate_size_mlp" } else { "intermediate_size" };
+    let name = if family == Family::Llama4Text {
+        "intermediate_size_mlp"
+    } else {
+        "intermediate_size"
+    };
     is_moe
         .into_iter()
         .map(|moe| match moe {
             true => Ok(FeedForwardKind::Moe),
-            false => fields.size(name, WIDTH).map(|intermediate| FeedForwardKind::Dense { intermediate }),
+            false => fields
+                .size(name, WIDTH)
+                .map(|intermediate| FeedForwardKind::Dense { intermediate }),
         })
         .collect()
 }
@@ -35,8 +41,14 @@ fn moe_layers(fields: Fields<'_>, family: Family, num_layers: usize) -> Result<V
         }
         Family::Qwen2Moe | Family::Qwen3Moe => {
             let step = fields.size_or("decoder_sparse_step", 1..=usize::MAX, 1)?;
-            let dense: BTreeSet<usize> = fields.sizes("mlp_only_layers", indices)?.into_iter().flatten().collect();
-            layers.map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(step)).collect()
+            let dense: BTreeSet<usize> = fields
+                .sizes("mlp_only_layers", indices)?
+                .into_iter()
+                .flatten()
+                .collect();
+            layers
+                .map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
+                .collect()
         }
         Family::DeepseekV2 | Family::DeepseekV3 | Family::Glm4Moe => {
             require_every_layer(fields)?;
@@ -55,7 +67,9 @@ fn moe_layers(fields: Fields<'_>, family: Family, num_layers: usize) -> Result<V
                 _ => fields.size_or("moe_layer_end_index", indices, num_layers - 1)?,
             };
             let interval = fields.size_or("moe_layer_interval", 1..=usize::MAX, 1)?;
-            layers.map(|layer| (first..=last).contains(&layer) && (layer + 1).is_multiple_of(interval)).collect()
+            layers
+                .map(|layer| (first..=last).contains(&layer) && (layer + 1).is_multiple_of(interval))
+                .collect()
         }
         Family::Llama4Text => match fields.sizes("moe_layers", indices)? {
             Some(listed) => layers.map(|layer| listed.contains(&layer)).collect(),
@@ -95,7 +109,11 @@ pub(super) fn parse(fields: Fields<'_>, family: Family) -> Result<MoeConfig, Con
         top_k,
         intermediate,
         gate: gate(fields, family, num_experts, top_k)?,
-        activation: if gpt_oss { clamped_swiglu(fields)? } else { activation(fields)? },
+        activation: if gpt_oss {
+            clamped_swiglu(fields)?
+        } else {
+            activation(fields)?
+        },
         gate_up_bias: gpt_oss,
         down_bias: gpt_oss,
         weight_target: match family {
@@ -174,7 +192,13 @@ fn score(fields: Fields<'_>, family: Family, top_k: usize) -> Result<ScoreFuncti
 }
 
 fn renormalize(fields: Fields<'_>, family: Family) -> Result<Renormalize, ConfigError> {
-    let sum_if = |wanted: bool, epsilon| if wanted { Renormalize::Sum { epsilon } } else { Renormalize::No };
+    let sum_if = |wanted: bool, epsilon| {
+        if wanted {
+            Renormalize::Sum { epsilon }
+        } else {
+            Renormalize::No
+        }
+    };
     Ok(match family {
         Family::Mixtral => Renormalize::Sum { epsilon: 0.0 },
         Family::Qwen2Moe | Family::Qwen3Moe | Family::Olmoe => sum_if(fields.flag_or("norm_topk_prob", false)?, 0.0),
@@ -183,9 +207,9 @@ fn renormalize(fields: Fields<'_>, family: Family) -> Result<Renormalize, Config
         Family::DeepseekV2 if fields.flag_or("norm_topk_prob", false)? => {
             return Err(fields.unsupported("norm_topk_prob", "false in this family", true));
         }
-        Family::Ernie45Moe => {
-            Renormalize::SumAtLeast { floor: fields.f32_or("moe_norm_min", 1e-30..=1.0, 1e-12)? }
-        }
+        Family::Ernie45Moe => Renormalize::SumAtLeast {
+            floor: fields.f32_or("moe_norm_min", 1e-30..=1.0, 1e-12)?,
+        },
         _ => Renormalize::No,
     })
 }
@@ -235,7 +259,11 @@ fn groups(
         let wanted = format!("at most {}, as a group's score is the sum of two", num_experts / 2);
         return Err(fields.invalid("n_group", wanted, num_groups));
     }
-    Ok(Some(GroupLimit { num_groups, top_groups, score }))
+    Ok(Some(GroupLimit {
+        num_groups,
+        top_groups,
+        score,
+    }))
 }
 
 fn shared_experts(
@@ -246,9 +274,17 @@ fn shared_experts(
     let (name, default) = match family {
         Family::Qwen2Moe => {
             let intermediate = fields.size("shared_expert_intermediate_size", WIDTH)?;
-            return Ok(Some(SharedExpertConfig { intermediate, sigmoid_gate: true }));
+            return Ok(Some(SharedExpertConfig {
+                intermediate,
+                sigmoid_gate: true,
+            }));
         }
-        Family::Llama4Text => return Ok(Some(SharedExpertConfig { intermediate, sigmoid_gate: false })),
+        Family::Llama4Text => {
+            return Ok(Some(SharedExpertConfig {
+                intermediate,
+                sigmoid_gate: false,
+            }));
+        }
         Family::DeepseekV2 => ("n_shared_experts", 2),
         Family::DeepseekV3 | Family::Glm4Moe => ("n_shared_experts", 1),
         Family::Ernie45Moe => ("moe_num_shared_experts", 2),
@@ -263,5 +299,8 @@ fn shared_experts(
     if width > *WIDTH.end() {
         return Err(fields.invalid(name, format!("a summed width of at most {}", WIDTH.end()), width));
     }
-    Ok((count > 0).then_some(SharedExpertConfig { intermediate: width, sigmoid_gate: false }))
+    Ok((count > 0).then_some(SharedExpertConfig {
+        intermediate: width,
+        sigmoid_gate: false,
+    }))
 }

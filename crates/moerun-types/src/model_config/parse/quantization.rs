@@ -15,8 +15,12 @@ pub(super) fn parse(
     if fields.get("compression_config").is_some() {
         return Err(fields.unsupported("compression_config", "null", "an object"));
     }
-    let Some(quantization) = fields.object("quantization_config")? else { return Ok(WeightQuantization::None) };
-    let method = quantization.text("quant_method")?.ok_or_else(|| quantization.missing("quant_method", "fp8 or mxfp4"))?;
+    let Some(quantization) = fields.object("quantization_config")? else {
+        return Ok(WeightQuantization::None);
+    };
+    let method = quantization
+        .text("quant_method")?
+        .ok_or_else(|| quantization.missing("quant_method", "fp8 or mxfp4"))?;
     match (method, family) {
         ("fp8", Family::GptOss | Family::Llama4Text | Family::GraniteMoe) => {
             Err(quantization.unsupported("quant_method", "mxfp4 or none in this family", method))

@@ -2,10 +2,7 @@
 
 use serde_json::Value;
 
-use super::{
-    ConfigError, Fields, POSITIONS,
-    fields::shorten,
-};
+use super::{ConfigError, Fields, POSITIONS, fields::shorten};
 use crate::{Family, RopeConfig, RopeScaling, RotaryLayout};
 
 /// Smallest and largest positive number that any rotary parameter may take.
@@ -31,7 +28,12 @@ pub(super) fn parse(fields: Fields<'_>, family: Family, width: usize) -> Result<
         None if family == Family::GptOss => (GPT_OSS_DEFAULT, 1.0),
         None => (RopeScaling::None, 1.0),
     };
-    let config = RopeConfig { theta, rotary_dim, layout: layout(fields, family)?, scaling };
+    let config = RopeConfig {
+        theta,
+        rotary_dim,
+        layout: layout(fields, family)?,
+        scaling,
+    };
     Ok(ParsedRope { config, latent_scale })
 }
 
@@ -53,9 +55,15 @@ fn rope_object<'a>(fields: Fields<'a>) -> Result<Option<Fields<'a>>, ConfigError
     }
     let rope = new.or(old);
     if let Some(rope) = rope
-        && let Some(name) = rope.names().find(|name| matches!(rope.get(name), Some(Value::Object(_))))
+        && let Some(name) = rope
+            .names()
+            .find(|name| matches!(rope.get(name), Some(Value::Object(_))))
     {
-        return Err(rope.unsupported(name, "one set of rotary parameters for all layers", "an object per kind of layer"));
+        return Err(rope.unsupported(
+            name,
+            "one set of rotary parameters for all layers",
+            "an object per kind of layer",
+        ));
     }
     Ok(rope)
 }
@@ -109,7 +117,7 @@ fn rotary_dim(
         return Err(fields.unsupported(NAME, "1.0 in this family", factor));
     }
     let rotary_dim = (width as f64 * factor) as usize;
-    if rotary_dim < 2 || rotary_dim % 2 != 0 {
+    if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
         let found = format!("{rotary_dim} of {width}");
         return Err(fields.invalid("head_dim", "an even number of rotated dimensions", found));
     }
@@ -146,7 +154,10 @@ fn kind(rope: Fields<'_>) -> Result<&str, ConfigError> {
     match (rope.text("rope_type")?, rope.text("type")?) {
         (Some(new), Some(old)) if new != old => Err(rope.invalid("type", format!("{new:?} as in rope_type"), old)),
         (Some(kind), _) | (None, Some(kind)) => Ok(kind),
-        (None, None) => match rope.names().find(|name| !matches!(*name, "rope_theta" | "partial_rotary_factor")) {
+        (None, None) => match rope
+            .names()
+            .find(|name| !matches!(*name, "rope_theta" | "partial_rotary_factor"))
+        {
             None => Ok("default"),
             Some(_) => Err(rope.missing("rope_type", "the kind of scaling that the other parameters belong to")),
         },
@@ -154,13 +165,17 @@ fn kind(rope: Fields<'_>) -> Result<&str, ConfigError> {
 }
 
 fn factor(rope: Fields<'_>) -> Result<f64, ConfigError> {
-    rope.number("factor", FACTOR)?.ok_or_else(|| rope.missing("factor", "a number of at least 1"))
+    rope.number("factor", FACTOR)?
+        .ok_or_else(|| rope.missing("factor", "a number of at least 1"))
 }
 
 /// Context of pre-training: in the rotary parameters, at the top, or the whole context.
 fn original_max_position(fields: Fields<'_>, rope: Fields<'_>) -> Result<usize, ConfigError> {
     const NAME: &str = "original_max_position_embeddings";
-    match (rope.optional_size(NAME, POSITIONS)?, fields.optional_size(NAME, POSITIONS)?) {
+    match (
+        rope.optional_size(NAME, POSITIONS)?,
+        fields.optional_size(NAME, POSITIONS)?,
+    ) {
         (Some(inner), Some(outer)) if inner != outer => {
             Err(fields.invalid(NAME, format!("{inner} as in the rotary parameters"), outer))
         }
@@ -170,7 +185,10 @@ fn original_max_position(fields: Fields<'_>, rope: Fields<'_>) -> Result<usize, 
 }
 
 fn llama3(fields: Fields<'_>, rope: Fields<'_>) -> Result<RopeScaling, ConfigError> {
-    let number = |name| rope.number(name, POSITIVE)?.ok_or_else(|| rope.missing(name, "a positive number"));
+    let number = |name| {
+        rope.number(name, POSITIVE)?
+            .ok_or_else(|| rope.missing(name, "a positive number"))
+    };
     let low_freq_factor = number("low_freq_factor")?;
     let high_freq_factor = number("high_freq_factor")?;
     if high_freq_factor < low_freq_factor {
@@ -178,17 +196,29 @@ fn llama3(fields: Fields<'_>, rope: Fields<'_>) -> Result<RopeScaling, ConfigErr
         return Err(rope.invalid("high_freq_factor", wanted, high_freq_factor));
     }
     let original_max_position = original_max_position(fields, rope)?;
-    Ok(RopeScaling::Llama3 { factor: factor(rope)?, low_freq_factor, high_freq_factor, original_max_position })
+    Ok(RopeScaling::Llama3 {
+        factor: factor(rope)?,
+        low_freq_factor,
+        high_freq_factor,
+        original_max_position,
+    })
 }
 
 /// DeepSeek's and YaRN's growth of the attention logits with the context: `0.1 · mscale · ln(factor) + 1`.
 fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * mscale * factor.ln() + 1.0
+    }
 }
 
 /// A number, or `default` where it is absent or 0 (upstream: `get(name) or default`).
 fn nonzero_or(rope: Fields<'_>, name: &str, default: f64) -> Result<f64, ConfigError> {
-    Ok(rope.number(name, 0.0..=1e6)?.filter(|number| *number != 0.0).unwrap_or(default))
+    Ok(rope
+        .number(name, 0.0..=1e6)?
+        .filter(|number| *number != 0.0)
+        .unwrap_or(default))
 }
 
 fn yarn(fields: Fields<'_>, rope: Fields<'_>) -> Result<RopeScaling, ConfigError> {
@@ -196,7 +226,10 @@ fn yarn(fields: Fields<'_>, rope: Fields<'_>) -> Result<RopeScaling, ConfigError
     let factor = extension(fields, rope, original_max_position)?;
     let attention_factor = match rope.number("attention_factor", POSITIVE)? {
         Some(explicit) => explicit,
-        None => match (nonzero_or(rope, "mscale", 0.0)?, nonzero_or(rope, "mscale_all_dim", 0.0)?) {
+        None => match (
+            nonzero_or(rope, "mscale", 0.0)?,
+            nonzero_or(rope, "mscale_all_dim", 0.0)?,
+        ) {
             (mscale, all_dims) if mscale != 0.0 && all_dims != 0.0 => {
                 yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dims)
             }
@@ -209,7 +242,14 @@ fn yarn(fields: Fields<'_>, rope: Fields<'_>) -> Result<RopeScaling, ConfigError
         return Err(rope.invalid("beta_fast", format!("at least beta_slow, {beta_slow}"), beta_fast));
     }
     let truncate = rope.flag_or("truncate", true)?;
-    Ok(RopeScaling::Yarn { factor, beta_fast, beta_slow, truncate, original_max_position, attention_factor })
+    Ok(RopeScaling::Yarn {
+        factor,
+        beta_fast,
+        beta_slow,
+        truncate,
+        original_max_position,
+        attention_factor,
+    })
 }
 
 /// `factor`, or the ratio of the contexts where it is not given.
@@ -234,14 +274,21 @@ fn longrope(
         if divisors.len() == rotary_dim / 2 {
             return Ok(divisors);
         }
-        Err(rope.invalid(name, format!("{} numbers", rotary_dim / 2), format!("{} numbers", divisors.len())))
+        Err(rope.invalid(
+            name,
+            format!("{} numbers", rotary_dim / 2),
+            format!("{} numbers", divisors.len()),
+        ))
     };
     let original_max_position = original_max_position(fields, rope)?;
     let (short_attention_factor, long_attention_factor) = match family {
         Family::PhiMoe => phimoe_mscales(rope)?,
         _ => None,
     }
-    .map_or_else(|| longrope_attention_factor(fields, rope, original_max_position).map(|both| (both, both)), Ok)?;
+    .map_or_else(
+        || longrope_attention_factor(fields, rope, original_max_position).map(|both| (both, both)),
+        Ok,
+    )?;
     Ok(RopeScaling::LongRope {
         short_factor: divisors("short_factor")?,
         long_factor: divisors("long_factor")?,
@@ -253,7 +300,10 @@ fn longrope(
 
 /// `short_mscale` and `long_mscale`, which come together or not at all.
 fn phimoe_mscales(rope: Fields<'_>) -> Result<Option<(f64, f64)>, ConfigError> {
-    match (rope.number("short_mscale", POSITIVE)?, rope.number("long_mscale", POSITIVE)?) {
+    match (
+        rope.number("short_mscale", POSITIVE)?,
+        rope.number("long_mscale", POSITIVE)?,
+    ) {
         (Some(short), Some(long)) => Ok(Some((short, long))),
         (None, None) => Ok(None),
         (Some(_), None) => Err(rope.missing("long_mscale", "a number, as there is a short_mscale")),
@@ -276,7 +326,11 @@ fn longrope_attention_factor(
     }
     if original_max_position < 2 {
         let name = "original_max_position_embeddings";
-        return Err(rope.invalid(name, "at least 2, as its logarithm divides", shorten(&original_max_position.into())));
+        return Err(rope.invalid(
+            name,
+            "at least 2, as its logarithm divides",
+            shorten(&original_max_position.into()),
+        ));
     }
     Ok((1.0 + factor.ln() / (original_max_position as f64).ln()).sqrt())
 }

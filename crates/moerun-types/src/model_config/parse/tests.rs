@@ -53,9 +53,16 @@ fn both_spellings_of_every_golden_config_give_one_model() {
         let old = parse(&golden(name, "config.hub.json")).unwrap();
         assert_eq!(new, old, "{name}");
         assert_eq!(new.family, family);
-        assert_eq!((new.vocab_size, new.hidden, new.max_position_embeddings), (320, 32, 256), "{name}");
+        assert_eq!(
+            (new.vocab_size, new.hidden, new.max_position_embeddings),
+            (320, 32, 256),
+            "{name}"
+        );
         assert_eq!(new.stored_dtype, Some(StoredDtype::F32), "{name}");
-        assert_eq!((new.bos_token_id, new.pad_token_id, &new.eos_token_ids[..]), (Some(1), Some(0), &[2][..]));
+        assert_eq!(
+            (new.bos_token_id, new.pad_token_id, &new.eos_token_ids[..]),
+            (Some(1), Some(0), &[2][..])
+        );
     }
 }
 
@@ -64,7 +71,11 @@ fn the_canonical_form_survives_a_round_trip() {
     for family in Family::ALL {
         let config = parse(&golden(family.model_type(), "config.json")).unwrap();
         let text = serde_json::to_string(&config).unwrap();
-        assert_eq!(serde_json::from_str::<ModelConfig>(&text).unwrap(), config, "{family:?}");
+        assert_eq!(
+            serde_json::from_str::<ModelConfig>(&text).unwrap(),
+            config,
+            "{family:?}"
+        );
     }
 }
 
@@ -80,39 +91,89 @@ fn gates_of_the_golden_models_are_those_of_their_families() {
         routed_scaling_factor: 1.0,
     };
     let summed = Renormalize::Sum { epsilon: 0.0 };
-    assert_eq!(gate("mixtral"), GateConfig { renormalize: summed, ..plain.clone() });
+    assert_eq!(
+        gate("mixtral"),
+        GateConfig {
+            renormalize: summed,
+            ..plain
+        }
+    );
     assert_eq!(gate("qwen2_moe"), plain);
-    assert_eq!(gate("qwen3_moe"), GateConfig { renormalize: summed, ..plain.clone() });
+    assert_eq!(
+        gate("qwen3_moe"),
+        GateConfig {
+            renormalize: summed,
+            ..plain
+        }
+    );
     assert_eq!(gate("olmoe"), plain);
-    assert_eq!(gate("granitemoe"), GateConfig { score: ScoreFunction::SoftmaxOfTopK, ..plain.clone() });
-    assert_eq!(gate("phimoe"), GateConfig { score: ScoreFunction::SparseMixer { jitter: 0.15 }, ..plain.clone() });
-    let groups = |score| Some(GroupLimit { num_groups: 4, top_groups: 2, score });
+    assert_eq!(
+        gate("granitemoe"),
+        GateConfig {
+            score: ScoreFunction::SoftmaxOfTopK,
+            ..plain
+        }
+    );
+    assert_eq!(
+        gate("phimoe"),
+        GateConfig {
+            score: ScoreFunction::SparseMixer { jitter: 0.15 },
+            ..plain
+        }
+    );
+    let groups = |score| {
+        Some(GroupLimit {
+            num_groups: 4,
+            top_groups: 2,
+            score,
+        })
+    };
     assert_eq!(
         gate("deepseek_v2"),
-        GateConfig { groups: groups(GroupScore::Max), routed_scaling_factor: 2.5, ..plain.clone() }
+        GateConfig {
+            groups: groups(GroupScore::Max),
+            routed_scaling_factor: 2.5,
+            ..plain
+        }
     );
     let sigmoid = GateConfig {
         score: ScoreFunction::Sigmoid,
         correction_bias: true,
         renormalize: Renormalize::Sum { epsilon: 1e-20 },
         routed_scaling_factor: 2.5,
-        ..plain.clone()
+        ..plain
     };
-    assert_eq!(gate("deepseek_v3"), GateConfig { groups: groups(GroupScore::SumOfTopTwo), ..sigmoid.clone() });
+    assert_eq!(
+        gate("deepseek_v3"),
+        GateConfig {
+            groups: groups(GroupScore::SumOfTopTwo),
+            ..sigmoid
+        }
+    );
     assert_eq!(gate("glm4_moe"), sigmoid);
     assert_eq!(
         gate("gpt_oss"),
-        GateConfig { score: ScoreFunction::SoftmaxOfTopK, router_bias: true, ..plain.clone() }
+        GateConfig {
+            score: ScoreFunction::SoftmaxOfTopK,
+            router_bias: true,
+            ..plain
+        }
     );
     assert_eq!(
         gate("ernie4_5_moe"),
         GateConfig {
             correction_bias: true,
             renormalize: Renormalize::SumAtLeast { floor: 1e-12 },
-            ..plain.clone()
+            ..plain
         }
     );
-    assert_eq!(gate("llama4_text"), GateConfig { score: ScoreFunction::Sigmoid, ..plain });
+    assert_eq!(
+        gate("llama4_text"),
+        GateConfig {
+            score: ScoreFunction::Sigmoid,
+            ..plain
+        }
+    );
 }
 
 #[test]
@@ -141,13 +202,40 @@ fn layers_of_the_golden_models_are_dense_or_moe_as_their_configs_say() {
 #[test]
 fn shared_experts_are_one_feed_forward_of_their_summed_width() {
     let shared = |family| moe(&parse(&golden(family, "config.json")).unwrap()).shared;
-    assert_eq!(shared("qwen2_moe"), Some(SharedExpertConfig { intermediate: 40, sigmoid_gate: true }));
-    assert_eq!(shared("deepseek_v2"), Some(SharedExpertConfig { intermediate: 40, sigmoid_gate: false }));
-    assert_eq!(shared("ernie4_5_moe"), Some(SharedExpertConfig { intermediate: 40, sigmoid_gate: false }));
-    assert_eq!(shared("llama4_text"), Some(SharedExpertConfig { intermediate: 24, sigmoid_gate: false }));
+    assert_eq!(
+        shared("qwen2_moe"),
+        Some(SharedExpertConfig {
+            intermediate: 40,
+            sigmoid_gate: true
+        })
+    );
+    assert_eq!(
+        shared("deepseek_v2"),
+        Some(SharedExpertConfig {
+            intermediate: 40,
+            sigmoid_gate: false
+        })
+    );
+    assert_eq!(
+        shared("ernie4_5_moe"),
+        Some(SharedExpertConfig {
+            intermediate: 40,
+            sigmoid_gate: false
+        })
+    );
+    assert_eq!(
+        shared("llama4_text"),
+        Some(SharedExpertConfig {
+            intermediate: 24,
+            sigmoid_gate: false
+        })
+    );
     assert_eq!(shared("mixtral"), None);
     for none in [json!(null), json!(0)] {
-        assert_eq!(moe(&parse_changed("deepseek_v3", json!({ "n_shared_experts": none }))).shared, None);
+        assert_eq!(
+            moe(&parse_changed("deepseek_v3", json!({ "n_shared_experts": none }))).shared,
+            None
+        );
     }
 }
 
@@ -192,7 +280,11 @@ fn rotary_settings_of_the_golden_models_are_resolved() {
         ("llama4_text", 5e5, 8, RotaryLayout::Interleaved),
     ] {
         let rope = rope(family);
-        assert_eq!((rope.theta, rope.rotary_dim, rope.layout), (theta, rotary_dim, layout), "{family}");
+        assert_eq!(
+            (rope.theta, rope.rotary_dim, rope.layout),
+            (theta, rotary_dim, layout),
+            "{family}"
+        );
     }
     let yarn = |truncate, attention_factor| RopeScaling::Yarn {
         factor: 4.0,
@@ -233,7 +325,11 @@ fn longrope_without_mscales_takes_the_published_attention_factor() {
     );
     let wanted = (1.0 + 2f64.ln() / 128f64.ln()).sqrt();
     match config.rope.scaling {
-        RopeScaling::LongRope { short_attention_factor, long_attention_factor, .. } => {
+        RopeScaling::LongRope {
+            short_attention_factor,
+            long_attention_factor,
+            ..
+        } => {
             assert_eq!((short_attention_factor, long_attention_factor), (wanted, wanted));
         }
         other => panic!("{other:?}"),
@@ -246,16 +342,31 @@ fn masks_follow_layer_types_or_the_rule_of_the_family() {
     let window = AttentionMask::SlidingWindow { window: 8 };
     let chunk = AttentionMask::Chunked { size: 16 };
     let full = AttentionMask::Full;
-    assert_eq!(masks(&parse_changed("gpt_oss", json!({ "layer_types": null }))), [window, full]);
+    assert_eq!(
+        masks(&parse_changed("gpt_oss", json!({ "layer_types": null }))),
+        [window, full]
+    );
     let swapped = json!({ "layer_types": ["full_attention", "sliding_attention"] });
     assert_eq!(masks(&parse_changed("gpt_oss", swapped)), [full, window]);
     let llama4 = parse_changed("llama4_text", json!({ "layer_types": null, "no_rope_layers": null }));
     assert_eq!(masks(&llama4), [chunk, chunk, chunk, full]);
     assert_eq!(llama4, parse(&golden("llama4_text", "config.json")).unwrap());
-    let tuned = AttentionTemperature { scale: 0.1, floor_scale: 8.0 };
-    assert_eq!(llama4.layers.iter().map(|layer| layer.rotary).collect::<Vec<_>>(), [true, true, true, false]);
-    assert_eq!((llama4.layers[0].temperature, llama4.layers[3].temperature), (None, Some(tuned)));
-    assert_eq!(masks(&parse_changed("mixtral", json!({ "sliding_window": 8 }))), [window, window]);
+    let tuned = AttentionTemperature {
+        scale: 0.1,
+        floor_scale: 8.0,
+    };
+    assert_eq!(
+        llama4.layers.iter().map(|layer| layer.rotary).collect::<Vec<_>>(),
+        [true, true, true, false]
+    );
+    assert_eq!(
+        (llama4.layers[0].temperature, llama4.layers[3].temperature),
+        (None, Some(tuned))
+    );
+    assert_eq!(
+        masks(&parse_changed("mixtral", json!({ "sliding_window": 8 }))),
+        [window, window]
+    );
     let qwen3 = |first| {
         let changes = json!({
             "layer_types": null, "use_sliding_window": true, "sliding_window": 8, "max_window_layers": first,
@@ -264,7 +375,8 @@ fn masks_follow_layer_types_or_the_rule_of_the_family() {
     };
     assert_eq!(qwen3(1), [full, window]);
     assert_eq!(qwen3(28), [full, full]);
-    let unused = json!({ "layer_types": null, "use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0 });
+    let unused =
+        json!({ "layer_types": null, "use_sliding_window": false, "sliding_window": 8, "max_window_layers": 0 });
     assert_eq!(masks(&parse_changed("qwen3", unused)), [full, full]);
 }
 
@@ -277,7 +389,13 @@ fn defaults_are_those_of_the_family() {
         }
         parse(&config).unwrap_or_else(|error| panic!("{family}: {error}"))
     };
-    let common = ["rms_norm_eps", "rope_theta", "tie_word_embeddings", "num_key_value_heads", "torch_dtype"];
+    let common = [
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "num_key_value_heads",
+        "torch_dtype",
+    ];
     for (family, epsilon, theta) in [
         ("mixtral", 1e-5, 1e6),
         ("qwen2_moe", 1e-6, 1e4),
@@ -297,22 +415,42 @@ fn defaults_are_those_of_the_family() {
         assert_eq!(config.stored_dtype, None);
     }
     assert!(strip("ernie4_5_moe", &common).tied_head);
-    assert_eq!(moe(&strip("qwen3_moe", &["norm_topk_prob"])).gate.renormalize, Renormalize::No);
+    assert_eq!(
+        moe(&strip("qwen3_moe", &["norm_topk_prob"])).gate.renormalize,
+        Renormalize::No
+    );
     assert_eq!(
         moe(&strip("deepseek_v3", &["norm_topk_prob"])).gate.renormalize,
         Renormalize::Sum { epsilon: 1e-20 }
     );
     let multipliers = strip(
         "granitemoe",
-        &["embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"],
+        &[
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+            "attention_multiplier",
+        ],
     );
-    let found = (multipliers.embedding_multiplier, multipliers.residual_multiplier, multipliers.logits_scaling);
+    let found = (
+        multipliers.embedding_multiplier,
+        multipliers.residual_multiplier,
+        multipliers.logits_scaling,
+    );
     assert_eq!(found, (1.0, 1.0, 1.0));
     assert_eq!(grouped(&multipliers).scale, 1.0);
     assert_eq!(grouped(&strip("llama", &["head_dim"])).head_dim, 8);
     assert_eq!(grouped(&strip("qwen3", &["head_dim"])).head_dim, 128);
     let yarn = strip("gpt_oss", &["rope_scaling"]).rope.scaling;
-    assert!(matches!(yarn, RopeScaling::Yarn { factor: 32.0, truncate: false, original_max_position: 4096, .. }));
+    assert!(matches!(
+        yarn,
+        RopeScaling::Yarn {
+            factor: 32.0,
+            truncate: false,
+            original_max_position: 4096,
+            ..
+        }
+    ));
 }
 
 #[test]
@@ -329,7 +467,10 @@ fn a_released_qwen3_moe_config_is_read() {
     });
     let config = parse(&config).unwrap();
     let experts = moe(&config);
-    assert_eq!((experts.num_experts, experts.top_k, experts.intermediate), (128, 8, 768));
+    assert_eq!(
+        (experts.num_experts, experts.top_k, experts.intermediate),
+        (128, 8, 768)
+    );
     assert_eq!(config.eos_token_ids, [151645, 151643]);
     assert_eq!(config.stored_dtype, Some(StoredDtype::Bf16));
     assert!(config.layers.iter().all(|layer| layer.mask == AttentionMask::Full));
@@ -371,9 +512,16 @@ fn released_deepseek_configs_are_read() {
         "rope_theta": 10000,
     });
     let config = parse(&v3).unwrap();
-    assert_eq!(config.quantization, WeightQuantization::Fp8Block { rows: 128, cols: 128 });
+    assert_eq!(
+        config.quantization,
+        WeightQuantization::Fp8Block { rows: 128, cols: 128 }
+    );
     assert_eq!(config.moe_layers().len(), 58);
-    let groups = GroupLimit { num_groups: 8, top_groups: 4, score: GroupScore::SumOfTopTwo };
+    let groups = GroupLimit {
+        num_groups: 8,
+        top_groups: 4,
+        score: GroupScore::SumOfTopTwo,
+    };
     assert_eq!(moe(&config).gate.groups, Some(groups));
 }
 
@@ -394,7 +542,13 @@ fn a_released_gpt_oss_config_is_read() {
     });
     let config = parse(&config).unwrap();
     assert_eq!(config.quantization, WeightQuantization::Mxfp4);
-    assert_eq!(moe(&config).activation, Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 });
+    assert_eq!(
+        moe(&config).activation,
+        Activation::ClampedSwiglu {
+            alpha: 1.702,
+            limit: 7.0
+        }
+    );
     assert_eq!(config.layers[0].mask, AttentionMask::SlidingWindow { window: 128 });
     assert_eq!(config.layers[1].mask, AttentionMask::Full);
 }
@@ -415,19 +569,59 @@ fn every_bad_field_is_named_with_what_it_holds() {
         ("mixtral", json!({ "hidden_size": "32" }), "hidden_size", "\"32\""),
         ("mixtral", json!({ "hidden_size": 32.5 }), "hidden_size", "32.5"),
         ("mixtral", json!({ "hidden_size": null }), "hidden_size", "missing"),
-        ("mixtral", json!({ "hidden_size": 1u64 << 63 }), "hidden_size", "9223372036854775808"),
+        (
+            "mixtral",
+            json!({ "hidden_size": 1u64 << 63 }),
+            "hidden_size",
+            "9223372036854775808",
+        ),
         ("mixtral", json!({ "vocab_size": 0 }), "vocab_size", "0"),
         ("mixtral", json!({ "num_hidden_layers": 0 }), "num_hidden_layers", "0"),
-        ("mixtral", json!({ "num_hidden_layers": 4_000_000_000u64 }), "num_hidden_layers", "4000000000"),
-        ("mixtral", json!({ "num_attention_heads": 0 }), "num_attention_heads", "0"),
-        ("mixtral", json!({ "num_attention_heads": 5, "num_key_value_heads": 5 }), "num_attention_heads", "5"),
-        ("mixtral", json!({ "num_key_value_heads": 3 }), "num_key_value_heads", "3"),
+        (
+            "mixtral",
+            json!({ "num_hidden_layers": 4_000_000_000u64 }),
+            "num_hidden_layers",
+            "4000000000",
+        ),
+        (
+            "mixtral",
+            json!({ "num_attention_heads": 0 }),
+            "num_attention_heads",
+            "0",
+        ),
+        (
+            "mixtral",
+            json!({ "num_attention_heads": 5, "num_key_value_heads": 5 }),
+            "num_attention_heads",
+            "5",
+        ),
+        (
+            "mixtral",
+            json!({ "num_key_value_heads": 3 }),
+            "num_key_value_heads",
+            "3",
+        ),
         ("mixtral", json!({ "head_dim": 7 }), "head_dim", "7"),
         ("mixtral", json!({ "intermediate_size": 0 }), "intermediate_size", "0"),
-        ("mixtral", json!({ "max_position_embeddings": 0 }), "max_position_embeddings", "0"),
+        (
+            "mixtral",
+            json!({ "max_position_embeddings": 0 }),
+            "max_position_embeddings",
+            "0",
+        ),
         ("mixtral", json!({ "num_local_experts": 0 }), "num_local_experts", "0"),
-        ("mixtral", json!({ "num_experts_per_tok": 9 }), "num_experts_per_tok", "9"),
-        ("mixtral", json!({ "num_experts_per_tok": 0 }), "num_experts_per_tok", "0"),
+        (
+            "mixtral",
+            json!({ "num_experts_per_tok": 9 }),
+            "num_experts_per_tok",
+            "9",
+        ),
+        (
+            "mixtral",
+            json!({ "num_experts_per_tok": 0 }),
+            "num_experts_per_tok",
+            "0",
+        ),
         ("mixtral", json!({ "rms_norm_eps": 0 }), "rms_norm_eps", "0"),
         ("mixtral", json!({ "rms_norm_eps": -1e-5 }), "rms_norm_eps", "-"),
         ("mixtral", json!({ "rope_theta": 0 }), "rope_theta", "0"),
@@ -437,53 +631,198 @@ fn every_bad_field_is_named_with_what_it_holds() {
         ("mixtral", json!({ "eos_token_id": 320 }), "eos_token_id", "320"),
         ("mixtral", json!({ "eos_token_id": [2, -1] }), "eos_token_id", "-1"),
         ("mixtral", json!({ "bos_token_id": 1000 }), "bos_token_id", "1000"),
-        ("mixtral", json!({ "tie_word_embeddings": "no" }), "tie_word_embeddings", "no"),
-        ("mixtral", json!({ "partial_rotary_factor": 0.5 }), "partial_rotary_factor", "0.5"),
-        ("mixtral", json!({ "layer_types": ["full_attention"] }), "layer_types", "1 entries"),
-        ("mixtral", json!({ "layer_types": ["full_attention", "linear_attention"] }), "layer_types", "linear"),
-        ("mixtral", json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }), "rope_type", "dynamic"),
-        ("mixtral", json!({ "rope_scaling": { "factor": 2.0 } }), "rope_type", "missing"),
-        ("mixtral", json!({ "rope_scaling": { "type": "linear", "factor": 0.5 } }), "rope_scaling.factor", "0.5"),
+        (
+            "mixtral",
+            json!({ "tie_word_embeddings": "no" }),
+            "tie_word_embeddings",
+            "no",
+        ),
+        (
+            "mixtral",
+            json!({ "partial_rotary_factor": 0.5 }),
+            "partial_rotary_factor",
+            "0.5",
+        ),
+        (
+            "mixtral",
+            json!({ "layer_types": ["full_attention"] }),
+            "layer_types",
+            "1 entries",
+        ),
+        (
+            "mixtral",
+            json!({ "layer_types": ["full_attention", "linear_attention"] }),
+            "layer_types",
+            "linear",
+        ),
+        (
+            "mixtral",
+            json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }),
+            "rope_type",
+            "dynamic",
+        ),
+        (
+            "mixtral",
+            json!({ "rope_scaling": { "factor": 2.0 } }),
+            "rope_type",
+            "missing",
+        ),
+        (
+            "mixtral",
+            json!({ "rope_scaling": { "type": "linear", "factor": 0.5 } }),
+            "rope_scaling.factor",
+            "0.5",
+        ),
         ("mixtral", json!({ "rope_scaling": [1] }), "rope_scaling", "[1]"),
-        ("mixtral", json!({ "rope_parameters": { "full_attention": { "rope_theta": 1.0 } } }), "full_attention", "object"),
-        ("mixtral", json!({ "architectures": ["MixtralForSequenceClassification"] }), "architectures", "SequenceCl"),
-        ("mixtral", json!({ "quantization_config": { "quant_method": "gptq" } }), "quant_method", "gptq"),
-        ("mixtral", json!({ "quantization_config": { "quant_method": "mxfp4" } }), "quant_method", "mxfp4"),
-        ("mixtral", json!({ "quantization_config": { "bits": 4 } }), "quant_method", "missing"),
-        ("mixtral", json!({ "compression_config": { "format": "x" } }), "compression_config", "object"),
+        (
+            "mixtral",
+            json!({ "rope_parameters": { "full_attention": { "rope_theta": 1.0 } } }),
+            "full_attention",
+            "object",
+        ),
+        (
+            "mixtral",
+            json!({ "architectures": ["MixtralForSequenceClassification"] }),
+            "architectures",
+            "SequenceCl",
+        ),
+        (
+            "mixtral",
+            json!({ "quantization_config": { "quant_method": "gptq" } }),
+            "quant_method",
+            "gptq",
+        ),
+        (
+            "mixtral",
+            json!({ "quantization_config": { "quant_method": "mxfp4" } }),
+            "quant_method",
+            "mxfp4",
+        ),
+        (
+            "mixtral",
+            json!({ "quantization_config": { "bits": 4 } }),
+            "quant_method",
+            "missing",
+        ),
+        (
+            "mixtral",
+            json!({ "compression_config": { "format": "x" } }),
+            "compression_config",
+            "object",
+        ),
         ("mixtral", json!({ "num_experts": 4 }), "num_experts", "4"),
         ("mixtral", json!({ "text_config": {} }), "text_config", "mixtral"),
-        ("qwen2_moe", json!({ "decoder_sparse_step": 0 }), "decoder_sparse_step", "0"),
+        (
+            "qwen2_moe",
+            json!({ "decoder_sparse_step": 0 }),
+            "decoder_sparse_step",
+            "0",
+        ),
         ("qwen2_moe", json!({ "mlp_only_layers": [3] }), "mlp_only_layers", "3"),
-        ("qwen2_moe", json!({ "shared_expert_intermediate_size": 0 }), "shared_expert_intermediate_size", "0"),
-        ("qwen2_moe", json!({ "use_sliding_window": true, "layer_types": null }), "use_sliding_window", "true"),
-        ("qwen3_moe", json!({ "moe_intermediate_size": 1u64 << 40 }), "moe_intermediate_size", "1099511627776"),
-        ("qwen3_moe", json!({ "num_local_experts": 100_000 }), "num_local_experts", "100000"),
+        (
+            "qwen2_moe",
+            json!({ "shared_expert_intermediate_size": 0 }),
+            "shared_expert_intermediate_size",
+            "0",
+        ),
+        (
+            "qwen2_moe",
+            json!({ "use_sliding_window": true, "layer_types": null }),
+            "use_sliding_window",
+            "true",
+        ),
+        (
+            "qwen3_moe",
+            json!({ "moe_intermediate_size": 1u64 << 40 }),
+            "moe_intermediate_size",
+            "1099511627776",
+        ),
+        (
+            "qwen3_moe",
+            json!({ "num_local_experts": 100_000 }),
+            "num_local_experts",
+            "100000",
+        ),
         ("qwen3_moe", json!({ "mlp_only_layers": 1 }), "mlp_only_layers", "1"),
         ("olmoe", json!({ "clip_qkv": -8.0 }), "clip_qkv", "-8"),
         ("granitemoe", json!({ "logits_scaling": 0.0 }), "logits_scaling", "0"),
-        ("phimoe", json!({ "num_experts_per_tok": 3 }), "num_experts_per_tok", "3"),
-        ("phimoe", json!({ "router_jitter_noise": -0.1 }), "router_jitter_noise", "-0.1"),
-        ("phimoe", json!({ "original_max_position_embeddings": 64 }), "original_max_position_embeddings", "64"),
+        (
+            "phimoe",
+            json!({ "num_experts_per_tok": 3 }),
+            "num_experts_per_tok",
+            "3",
+        ),
+        (
+            "phimoe",
+            json!({ "router_jitter_noise": -0.1 }),
+            "router_jitter_noise",
+            "-0.1",
+        ),
+        (
+            "phimoe",
+            json!({ "original_max_position_embeddings": 64 }),
+            "original_max_position_embeddings",
+            "64",
+        ),
         ("phimoe", json!({ "head_dim": 16 }), "short_factor", "4 numbers"),
-        ("deepseek_v2", json!({ "topk_method": "random" }), "topk_method", "random"),
+        (
+            "deepseek_v2",
+            json!({ "topk_method": "random" }),
+            "topk_method",
+            "random",
+        ),
         ("deepseek_v2", json!({ "n_group": 3 }), "n_group", "3"),
         ("deepseek_v2", json!({ "n_group": null }), "n_group", "missing"),
         ("deepseek_v2", json!({ "topk_group": 5 }), "topk_group", "5"),
-        ("deepseek_v2", json!({ "norm_topk_prob": true }), "norm_topk_prob", "true"),
-        ("deepseek_v2", json!({ "scoring_func": "sigmoid" }), "scoring_func", "sigmoid"),
+        (
+            "deepseek_v2",
+            json!({ "norm_topk_prob": true }),
+            "norm_topk_prob",
+            "true",
+        ),
+        (
+            "deepseek_v2",
+            json!({ "scoring_func": "sigmoid" }),
+            "scoring_func",
+            "sigmoid",
+        ),
         ("deepseek_v2", json!({ "qk_rope_head_dim": 0 }), "qk_rope_head_dim", "0"),
         ("deepseek_v2", json!({ "qk_rope_head_dim": 7 }), "even number", "7"),
         ("deepseek_v2", json!({ "kv_lora_rank": 0 }), "kv_lora_rank", "0"),
-        ("deepseek_v2", json!({ "num_key_value_heads": 2 }), "num_key_value_heads", "2"),
-        ("deepseek_v2", json!({ "first_k_dense_replace": 4 }), "first_k_dense_replace", "4"),
+        (
+            "deepseek_v2",
+            json!({ "num_key_value_heads": 2 }),
+            "num_key_value_heads",
+            "2",
+        ),
+        (
+            "deepseek_v2",
+            json!({ "first_k_dense_replace": 4 }),
+            "first_k_dense_replace",
+            "4",
+        ),
         ("deepseek_v3", json!({ "n_group": 8, "topk_group": 4 }), "n_group", "8"),
         ("deepseek_v3", json!({ "topk_group": 1 }), "num_experts_per_tok", "3"),
         ("deepseek_v3", json!({ "moe_layer_freq": 2 }), "moe_layer_freq", "2"),
-        ("deepseek_v3", json!({ "topk_method": "greedy" }), "topk_method", "greedy"),
+        (
+            "deepseek_v3",
+            json!({ "topk_method": "greedy" }),
+            "topk_method",
+            "greedy",
+        ),
         ("deepseek_v3", yarn("beta_fast", json!(0.5)), "beta_fast", "0.5"),
-        ("deepseek_v3", yarn("factor", json!("4")), "rope_scaling.factor", "\"4\""),
-        ("deepseek_v3", yarn("original_max_position_embeddings", json!(0)), "original_max_position_embeddings", "0"),
+        (
+            "deepseek_v3",
+            yarn("factor", json!("4")),
+            "rope_scaling.factor",
+            "\"4\"",
+        ),
+        (
+            "deepseek_v3",
+            yarn("original_max_position_embeddings", json!(0)),
+            "original_max_position_embeddings",
+            "0",
+        ),
         ("deepseek_v3", yarn("rope_type", json!("linear")), "type", "yarn"),
         (
             "deepseek_v3",
@@ -497,7 +836,12 @@ fn every_bad_field_is_named_with_what_it_holds() {
             "weight_block_size",
             "0",
         ),
-        ("gpt_oss", json!({ "sliding_window": null }), "sliding_window", "missing"),
+        (
+            "gpt_oss",
+            json!({ "sliding_window": null }),
+            "sliding_window",
+            "missing",
+        ),
         ("gpt_oss", json!({ "swiglu_limit": -1.0 }), "swiglu_limit", "-1"),
         (
             "gpt_oss",
@@ -505,13 +849,38 @@ fn every_bad_field_is_named_with_what_it_holds() {
             "intermediate_size",
             "48",
         ),
-        ("glm4_moe", json!({ "partial_rotary_factor": 0.0 }), "partial_rotary_factor", "0"),
-        ("glm4_moe", json!({ "partial_rotary_factor": 0.2 }), "head_dim", "3 of 16"),
+        (
+            "glm4_moe",
+            json!({ "partial_rotary_factor": 0.0 }),
+            "partial_rotary_factor",
+            "0",
+        ),
+        (
+            "glm4_moe",
+            json!({ "partial_rotary_factor": 0.2 }),
+            "head_dim",
+            "3 of 16",
+        ),
         ("ernie4_5_moe", json!({ "use_bias": true }), "use_bias", "true"),
-        ("ernie4_5_moe", json!({ "moe_layer_end_index": 3 }), "moe_layer_end_index", "3"),
+        (
+            "ernie4_5_moe",
+            json!({ "moe_layer_end_index": 3 }),
+            "moe_layer_end_index",
+            "3",
+        ),
         ("ernie4_5_moe", json!({ "moe_norm_min": 0 }), "moe_norm_min", "0"),
-        ("llama4_text", json!({ "no_rope_layers": [1, 1] }), "no_rope_layers", "2 entries"),
-        ("llama4_text", json!({ "attention_chunk_size": 0 }), "attention_chunk_size", "0"),
+        (
+            "llama4_text",
+            json!({ "no_rope_layers": [1, 1] }),
+            "no_rope_layers",
+            "2 entries",
+        ),
+        (
+            "llama4_text",
+            json!({ "attention_chunk_size": 0 }),
+            "attention_chunk_size",
+            "0",
+        ),
         ("llama4_text", json!({ "moe_layers": [4] }), "moe_layers", "4"),
         ("llama", json!({ "mlp_bias": 1 }), "mlp_bias", "1"),
     ];
@@ -520,7 +889,10 @@ fn every_bad_field_is_named_with_what_it_holds() {
             Ok(_) => panic!("{family} {changes} was accepted"),
             Err(error) => error.to_string(),
         };
-        assert!(message.contains(field) && message.contains(found), "{family} {changes}: {message}");
+        assert!(
+            message.contains(field) && message.contains(found),
+            "{family} {changes}: {message}"
+        );
     }
 }
 
@@ -532,11 +904,22 @@ fn sizes_whose_product_is_absurd_are_refused() {
     });
     let message = parse(&changed("llama", changes)).unwrap_err().to_string();
     assert!(message.contains("parameters"), "{message}");
+    let changes = json!({ "num_local_experts": 1 << 14, "num_hidden_layers": 4096 });
+    let message = parse(&changed("mixtral", changes)).unwrap_err().to_string();
+    assert!(message.contains("67108864 experts"), "{message}");
 }
 
 #[test]
 fn text_that_is_no_json_object_is_refused() {
-    for text in ["", "{", "[]", "3", "{\"rms_norm_eps\": NaN}", "{\"rms_norm_eps\": 1e999}", "\u{feff}{}"] {
+    for text in [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{\"rms_norm_eps\": NaN}",
+        "{\"rms_norm_eps\": 1e999}",
+        "\u{feff}{}",
+    ] {
         assert!(ModelConfig::from_json(text).is_err(), "{text:?}");
     }
     let deep = "[".repeat(100_000);
@@ -545,10 +928,23 @@ fn text_that_is_no_json_object_is_refused() {
 
 #[test]
 fn an_unknown_family_is_told_which_are_known() {
-    for name in ["bert", "t5", "switch_transformers", "nllb-moe", "nomic_bert", "Mixtral", ""] {
-        let message = ModelConfig::from_json(&json!({ "model_type": name }).to_string()).unwrap_err().to_string();
+    for name in [
+        "bert",
+        "t5",
+        "switch_transformers",
+        "nllb-moe",
+        "nomic_bert",
+        "Mixtral",
+        "",
+    ] {
+        let message = ModelConfig::from_json(&json!({ "model_type": name }).to_string())
+            .unwrap_err()
+            .to_string();
         assert!(message.contains(&format!("{name:?}")), "{message}");
-        assert!(message.contains("mixtral, qwen2_moe") && message.contains("qwen3"), "{message}");
+        assert!(
+            message.contains("mixtral, qwen2_moe") && message.contains("qwen3"),
+            "{message}"
+        );
     }
 }
 
@@ -562,5 +958,8 @@ fn a_padding_id_outside_the_vocabulary_means_none() {
 #[test]
 fn unknown_fields_change_nothing() {
     let extra = json!({ "transformers.js_config": { "dtype": "q4" }, "auto_map": null, "zzz": [1, 2] });
-    assert_eq!(parse_changed("olmoe", extra), parse(&golden("olmoe", "config.json")).unwrap());
+    assert_eq!(
+        parse_changed("olmoe", extra),
+        parse(&golden("olmoe", "config.json")).unwrap()
+    );
 }

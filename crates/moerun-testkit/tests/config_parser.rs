@@ -1,4 +1,4 @@
-//! What the real loaders say to the lies.
+//! What the real config parser says to lies and to drawn configs.
 
 use std::fs;
 
@@ -7,8 +7,8 @@ use moerun_types::ModelConfig;
 
 /// What the config parser says to `config.json` under a lie, if it says anything.
 fn config_error(lie: &Lie) -> Option<String> {
-    let dir = tempfile::tempdir().unwrap();
-    lie.write(dir.path()).unwrap();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    lie.write(dir.path()).expect("a lie that can be told");
     let text = fs::read_to_string(dir.path().join("config.json")).ok()?;
     ModelConfig::from_json(&text).err().map(|error| error.to_string())
 }
@@ -18,7 +18,7 @@ fn the_config_parser_refuses_only_lies_and_says_why() {
     let mut silent = Vec::new();
     for lie in lies() {
         match config_error(&lie) {
-            Some(error) if lie.stage == Stage::Text || !lie.missing_words(&error).is_empty() => {
+            Some(error) if lie.stage != Stage::Weights || !lie.missing_words(&error).is_empty() => {
                 silent.push(format!("{lie:?}: {error}"));
             }
             _ => {}
@@ -41,11 +41,19 @@ fn every_drawn_config_parses_to_the_sizes_that_were_drawn() {
             }
             let text = tiny.config_json().unwrap().to_string();
             let config = ModelConfig::from_json(&text).unwrap_or_else(|error| panic!("{tiny:?}: {error}"));
-            assert_eq!((config.hidden, config.layers.len()), (tiny.hidden, tiny.layers), "{tiny:?}");
+            assert_eq!(
+                (config.hidden, config.layers.len()),
+                (tiny.hidden, tiny.layers),
+                "{tiny:?}"
+            );
             let moe_layers: Vec<usize> = config.moe_layers().iter().map(|layer| layer.0 as usize).collect();
             let wanted: Vec<usize> = (0..tiny.layers).filter(|&layer| tiny.is_moe_layer(layer)).collect();
             assert_eq!(moe_layers, wanted, "{tiny:?}");
-            assert_eq!(config.moe.map(|moe| moe.top_k), family.has_experts().then_some(tiny.top_k), "{tiny:?}");
+            assert_eq!(
+                config.moe.map(|moe| moe.top_k),
+                family.has_experts().then_some(tiny.top_k),
+                "{tiny:?}"
+            );
         }
     }
 }
