@@ -9,7 +9,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let files = ["expert", "inference", "moe_layer"].map(|name| root.join(format!("moerun/v1/{name}.proto")));
     println!("cargo:rerun-if-changed={}", root.display());
     let descriptors = protox::compile(&files, [&root])?;
-    fs::write(PathBuf::from(env::var("OUT_DIR")?).join("moerun_descriptor.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").codec_path("crate::TensorCodec").compile_fds(descriptors)?;
+    fs::write(
+        PathBuf::from(env::var("OUT_DIR")?).join("moerun_descriptor.bin"),
+        descriptors.encode_to_vec(),
+    )?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .codec_path("crate::TensorCodec")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -16,13 +16,20 @@ fn path(dir: &Path) -> &str {
 }
 
 fn worker(model: &Path, extra: &[&str]) -> Server {
-    Server::start(&[&["worker", "--model", path(model), "--listen", "127.0.0.1:0"][..], extra].concat())
+    Server::start(
+        &[
+            &["worker", "--model", path(model), "--listen", "127.0.0.1:0"][..],
+            extra,
+        ]
+        .concat(),
+    )
 }
 
 /// Arguments of a gateway over `workers`.
 fn gateway_args(model: &Path, workers: &[Server], extra: &[&str]) -> Vec<String> {
-    let mut args: Vec<String> =
-        ["gateway", "--model", path(model), "--grpc-addr", "127.0.0.1:0"].map(str::to_owned).to_vec();
+    let mut args: Vec<String> = ["gateway", "--model", path(model), "--grpc-addr", "127.0.0.1:0"]
+        .map(str::to_owned)
+        .to_vec();
     for worker in workers {
         args.extend(["--worker".to_owned(), worker.addr.clone()]);
     }
@@ -31,18 +38,27 @@ fn gateway_args(model: &Path, workers: &[Server], extra: &[&str]) -> Vec<String>
 }
 
 async fn held(worker: &Server) -> Vec<HeldSlice> {
-    let mut client = ExpertServiceClient::connect(format!("http://{}", worker.addr)).await.expect("the worker listens");
-    let request = HandshakeRequest { protocol_version: moerun_proto::PROTOCOL_VERSION };
+    let mut client = ExpertServiceClient::connect(format!("http://{}", worker.addr))
+        .await
+        .expect("the worker listens");
+    let request = HandshakeRequest {
+        protocol_version: moerun_proto::PROTOCOL_VERSION,
+    };
     client.handshake(request).await.expect("a handshake").into_inner().held
 }
 
 async fn generate(addr: &str, prompt: &[u32], max_tokens: u32) -> Result<Vec<u32>, tonic::Status> {
-    let mut client = InferenceServiceClient::connect(format!("http://{addr}")).await.expect("the gateway listens");
+    let mut client = InferenceServiceClient::connect(format!("http://{addr}"))
+        .await
+        .expect("the gateway listens");
     let request = GenerateRequest {
         prompt: Some(Prompt::TokenIds(v1::TokenIds { ids: prompt.to_vec() })),
         max_tokens,
         ignore_eos: true,
-        sampling: Some(SamplingParams { temperature: Some(0.0), ..SamplingParams::default() }),
+        sampling: Some(SamplingParams {
+            temperature: Some(0.0),
+            ..SamplingParams::default()
+        }),
         ..GenerateRequest::default()
     };
     let mut stream = client.generate(request).await?.into_inner();
@@ -62,7 +78,12 @@ async fn a_gateway_without_expert_tensors_serves_from_workers_that_hold_slices_o
         copy_without_experts(&golden.dir, &stripped).expect("a copy");
         let blocks = ["--combine-block", "8"];
         let workers: Vec<Server> = (0..3)
-            .map(|index| worker(&golden.dir, &[&["--shard", &format!("slice:{index}/3")][..], &blocks].concat()))
+            .map(|index| {
+                worker(
+                    &golden.dir,
+                    &[&["--shard", &format!("slice:{index}/3")][..], &blocks].concat(),
+                )
+            })
             .collect();
         let mut holders = 0;
         for worker in &workers {
@@ -71,9 +92,14 @@ async fn a_gateway_without_expert_tensors_serves_from_workers_that_hold_slices_o
                     && slice.end_block > slice.first_block
             }));
         }
-        assert!(holders >= 2, "{family}: only {holders} workers hold a slice of expert 0");
+        assert!(
+            holders >= 2,
+            "{family}: only {holders} workers hold a slice of expert 0"
+        );
         let gateway = Server::start(&gateway_args(&stripped, &workers, &blocks));
-        let found = generate(&gateway.addr, &golden.prompts()[0], 24).await.expect("generated");
+        let found = generate(&gateway.addr, &golden.prompts()[0], 24)
+            .await
+            .expect("generated");
         assert_eq!(found, golden.greedy()[0], "{family}");
     }
 }
@@ -84,15 +110,24 @@ async fn killing_all_workers_gives_a_typed_error_and_a_restarted_worker_serves_a
     let folder = TempDir::new().expect("a temporary folder");
     let stripped = folder.path().join("stripped");
     copy_without_experts(&golden.dir, &stripped).expect("a copy");
-    let mut workers = vec![worker(&golden.dir, &["--shard", "0/2"]), worker(&golden.dir, &["--shard", "1/2"])];
+    let mut workers = vec![
+        worker(&golden.dir, &["--shard", "0/2"]),
+        worker(&golden.dir, &["--shard", "1/2"]),
+    ];
     let gateway = Server::start(&gateway_args(&stripped, &workers, &[]));
     let prompt = golden.prompts()[0].clone();
-    assert_eq!(generate(&gateway.addr, &prompt, 24).await.expect("generated"), golden.greedy()[0]);
+    assert_eq!(
+        generate(&gateway.addr, &prompt, 24).await.expect("generated"),
+        golden.greedy()[0]
+    );
     workers.iter_mut().for_each(Server::kill);
     let asked = tokio::time::timeout(Duration::from_secs(20), generate(&gateway.addr, &prompt, 24)).await;
     let status = asked.expect("an answer in time").expect_err("no expert is left");
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
-    assert!(workers.iter().any(|worker| status.message().contains(&worker.addr)), "{status:?}");
+    assert!(
+        workers.iter().any(|worker| status.message().contains(&worker.addr)),
+        "{status:?}"
+    );
     let again: Vec<Server> = workers
         .iter()
         .enumerate()
@@ -116,7 +151,12 @@ async fn killing_all_workers_gives_a_typed_error_and_a_restarted_worker_serves_a
         tokio::time::sleep(Duration::from_millis(100)).await;
         found = generate(&gateway.addr, &prompt, 24).await;
     }
-    assert_eq!(found.expect("served again"), golden.greedy()[0], "{} workers", again.len());
+    assert_eq!(
+        found.expect("served again"),
+        golden.greedy()[0],
+        "{} workers",
+        again.len()
+    );
 }
 
 #[test]
@@ -132,11 +172,15 @@ fn a_worker_of_another_model_is_refused_with_both_values() {
     let twin = folder.path().join("twin");
     moerun_testkit::copy_perturbed(&golden, &twin, "model.layers.0.mlp.gate.weight").expect("a copy");
     let twin_worker = worker(&twin, &[]);
-    let error = Server::try_start(&gateway_args(&golden, &[twin_worker], &[])).expect_err("refused").failed(1);
+    let error = Server::try_start(&gateway_args(&golden, &[twin_worker], &[]))
+        .expect_err("refused")
+        .failed(1);
     assert!(error.contains("router"), "{error}");
 
     let numerics = worker(&golden, &["--weights", "bf16"]);
-    let error = Server::try_start(&gateway_args(&golden, &[numerics], &[])).expect_err("refused").failed(1);
+    let error = Server::try_start(&gateway_args(&golden, &[numerics], &[]))
+        .expect_err("refused")
+        .failed(1);
     assert!(error.contains("bf16") && error.contains("f32"), "{error}");
 }
 
@@ -149,7 +193,9 @@ fn holders_of_one_expert_must_agree_on_its_content() {
     let twin = folder.path().join("twin");
     moerun_testkit::copy_perturbed(&golden, &twin, "model.layers.1.mlp.experts.5.up_proj.weight").expect("a copy");
     let workers = [worker(&golden, &[]), worker(&twin, &[])];
-    let error = Server::try_start(&gateway_args(&stripped, &workers, &[])).expect_err("refused").failed(1);
+    let error = Server::try_start(&gateway_args(&stripped, &workers, &[]))
+        .expect_err("refused")
+        .failed(1);
     assert!(error.contains("layer 1") && error.contains("expert 5"), "{error}");
 }
 
@@ -157,7 +203,9 @@ fn holders_of_one_expert_must_agree_on_its_content() {
 fn a_missing_expert_or_slice_is_named() {
     let golden = golden_dir("qwen3_moe");
     let workers = [worker(&golden, &["--experts", "0:*,1:0-6"])];
-    let error = Server::try_start(&gateway_args(&golden, &workers, &[])).expect_err("refused").failed(1);
+    let error = Server::try_start(&gateway_args(&golden, &workers, &[]))
+        .expect_err("refused")
+        .failed(1);
     assert!(error.contains("layer 1 expert 7"), "{error}");
     let workers = [worker(&golden, &["--experts", "*:*:0-1", "--combine-block", "8"])];
     let args = gateway_args(&golden, &workers, &["--combine-block", "8"]);
@@ -171,7 +219,10 @@ fn whole_experts_and_slices_may_be_mixed() {
     let blocks = ["--combine-block", "8"];
     let workers = [
         worker(&golden.dir, &[&["--experts", "1:0-3,2:*:0-0"][..], &blocks].concat()),
-        worker(&golden.dir, &[&["--experts", "1:4-7:0-1,2:*:1-2"][..], &blocks].concat()),
+        worker(
+            &golden.dir,
+            &[&["--experts", "1:4-7:0-1,2:*:1-2"][..], &blocks].concat(),
+        ),
         worker(&golden.dir, &[&["--experts", "1:2-7:2-2"][..], &blocks].concat()),
     ];
     let gateway = Server::start(&gateway_args(&golden.dir, &workers, &blocks));
@@ -181,13 +232,24 @@ fn whole_experts_and_slices_may_be_mixed() {
 #[test]
 fn worker_processes_of_serve_end_with_it_even_when_it_is_killed() {
     let dir = golden_dir("mixtral");
-    let mut server = Server::start(&["serve", "--model", path(&dir), "--workers", "3", "--grpc-addr", "127.0.0.1:0"]);
+    let mut server = Server::start(&[
+        "serve",
+        "--model",
+        path(&dir),
+        "--workers",
+        "3",
+        "--grpc-addr",
+        "127.0.0.1:0",
+    ]);
     let children = children_of(server.pid());
     assert_eq!(children.len(), 3, "three workers");
     server.kill();
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     while children.iter().any(|&pid| is_running(pid)) {
-        assert!(std::time::Instant::now() < deadline, "workers outlive their gateway: {children:?}");
+        assert!(
+            std::time::Instant::now() < deadline,
+            "workers outlive their gateway: {children:?}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -207,5 +269,7 @@ fn parent_of(pid: u32) -> Option<u32> {
 
 fn is_running(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().next())
+        .is_some_and(|state| state != "Z")
 }

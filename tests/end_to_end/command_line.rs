@@ -19,9 +19,22 @@ fn json(text: &str) -> Value {
 fn the_readme_command_streams_text_a_person_can_read() {
     let model = bible();
     let prompt = "And it came to pass in those days, that";
-    let args = ["generate", "--model", &model, "--workers", "2", "--prompt", prompt, "--temperature", "0"];
+    let args = [
+        "generate",
+        "--model",
+        &model,
+        "--workers",
+        "2",
+        "--prompt",
+        prompt,
+        "--temperature",
+        "0",
+    ];
     let text = run(&[&args[..], &["--max-tokens", "24"]].concat()).ok();
-    let words = text.split_whitespace().filter(|word| word.chars().any(char::is_alphabetic)).count();
+    let words = text
+        .split_whitespace()
+        .filter(|word| word.chars().any(char::is_alphabetic))
+        .count();
     assert!(words >= 12, "{text}");
     assert!(text.contains("LORD") || text.contains("the"), "{text}");
     assert!(!text.contains('\u{fffd}'), "{text}");
@@ -34,9 +47,20 @@ fn the_trained_model_gives_its_golden_tokens_in_f32() {
     for prompt in golden["prompts"].as_array().expect("a list") {
         let ids: Vec<u32> = serde_json::from_value(prompt["ids"].clone()).expect("ids");
         let wanted: Vec<u32> = serde_json::from_value(prompt["greedy"].clone()).expect("ids");
-        let safe = prompt["first_small_margin"].as_u64().map_or(wanted.len(), |first| first as usize);
+        let safe = prompt["first_small_margin"]
+            .as_u64()
+            .map_or(wanted.len(), |first| first as usize);
         let ids = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-        let args = ["generate", "--model", &model, "--weights", "f32", "--prompt-ids", &ids, "--json"];
+        let args = [
+            "generate",
+            "--model",
+            &model,
+            "--weights",
+            "f32",
+            "--prompt-ids",
+            &ids,
+            "--json",
+        ];
         let extra = ["--temperature", "0", "--max-tokens", "48", "--workers", "2"];
         let answer = json(&run(&[&args[..], &extra].concat()).ok());
         let found: Vec<u32> = serde_json::from_value(answer["token_ids"].clone()).expect("ids");
@@ -48,30 +72,74 @@ fn the_trained_model_gives_its_golden_tokens_in_f32() {
 #[test]
 fn the_same_request_gives_the_same_text_with_any_number_of_workers() {
     let model = bible();
-    let ask = |extra: &[&str]| {
-        let args = ["generate", "--model", &model, "--prompt", "The LORD is my", "--max-tokens", "20", "--json"];
-        let sampling = ["--temperature", "0.8", "--top-p", "0.95", "--top-k", "50", "--min-p", "0.01", "--seed", "7"];
+    let ask = |seed: &str, extra: &[&str]| {
+        let args = [
+            "generate",
+            "--model",
+            &model,
+            "--prompt",
+            "The LORD is my",
+            "--max-tokens",
+            "20",
+            "--json",
+        ];
+        let sampling = [
+            "--temperature",
+            "0.8",
+            "--top-p",
+            "0.95",
+            "--top-k",
+            "50",
+            "--min-p",
+            "0.01",
+            "--seed",
+            seed,
+        ];
         json(&run(&[&args[..], &sampling, extra].concat()).ok())
     };
-    let local = ask(&[]);
+    let local = ask("7", &[]);
     for workers in ["1", "2", "3", "4"] {
-        let remote = ask(&["--workers", workers]);
+        let remote = ask("7", &["--workers", workers]);
         assert_eq!(remote["token_ids"], local["token_ids"], "{workers} workers");
         assert_eq!(remote["text"], local["text"], "{workers} workers");
     }
-    assert_ne!(ask(&["--seed", "8"])["token_ids"], local["token_ids"], "another seed, the same text");
+    assert_ne!(
+        ask("8", &[])["token_ids"],
+        local["token_ids"],
+        "another seed, the same text"
+    );
 }
 
 #[test]
 fn chat_prompts_go_through_the_model_s_template() {
     let golden = Golden::read("qwen3_moe");
     let model = golden.dir.to_str().expect("a plain path").to_owned();
-    let args = ["generate", "--model", &model, "--chat", "--prompt", "Who made the earth?", "--json"];
+    let args = [
+        "generate",
+        "--model",
+        &model,
+        "--chat",
+        "--prompt",
+        "Who made the earth?",
+        "--json",
+    ];
     let answer = json(&run(&[&args[..], &["--max-tokens", "1"]].concat()).ok());
     // <|im_start|> user \n … the template adds more tokens than the question has.
-    let plain = ["generate", "--model", &model, "--prompt", "Who made the earth?", "--json", "--max-tokens", "1"];
+    let plain = [
+        "generate",
+        "--model",
+        &model,
+        "--prompt",
+        "Who made the earth?",
+        "--json",
+        "--max-tokens",
+        "1",
+    ];
     let plain = json(&run(&plain).ok());
-    assert!(answer["prompt_tokens"].as_u64() > plain["prompt_tokens"].as_u64(), "{answer} {plain}");
+    assert!(
+        answer["prompt_tokens"].as_u64() > plain["prompt_tokens"].as_u64(),
+        "{answer} {plain}"
+    );
     let without = golden_dir("olmoe").to_str().expect("a plain path").to_owned();
     let error = run(&["generate", "--model", &without, "--chat", "--prompt", "x"]).failed(1);
     assert!(error.contains("chat template"), "{error}");
@@ -81,7 +149,16 @@ fn chat_prompts_go_through_the_model_s_template() {
 fn a_stop_string_ends_the_text_before_it() {
     let model = bible();
     let ask = |extra: &[&str]| {
-        let args = ["generate", "--model", &model, "--prompt", "In the beginning God", "--temperature", "0", "--json"];
+        let args = [
+            "generate",
+            "--model",
+            &model,
+            "--prompt",
+            "In the beginning God",
+            "--temperature",
+            "0",
+            "--json",
+        ];
         json(&run(&[&args[..], &["--max-tokens", "24"], extra].concat()).ok())
     };
     let whole = ask(&[])["text"].as_str().expect("text").to_owned();
@@ -95,7 +172,15 @@ fn a_stop_string_ends_the_text_before_it() {
 
 #[test]
 fn help_and_version_answer_and_wrong_usage_exits_with_2() {
-    for command in ["serve", "gateway", "worker", "generate", "forward", "inspect", "synthesize"] {
+    for command in [
+        "serve",
+        "gateway",
+        "worker",
+        "generate",
+        "forward",
+        "inspect",
+        "synthesize",
+    ] {
         let help = run(&[command, "--help"]).ok();
         assert!(help.contains("Usage: moerun"), "{help}");
     }
@@ -113,11 +198,26 @@ fn settings_come_from_flags_then_environment_then_file() {
     let folder = TempDir::new().expect("a temporary folder");
     let file = folder.path().join("moerun.toml");
     let model = bible();
-    fs::write(&file, format!("model = {model:?}\nserved_name = \"from-file\"\nmax_context = 48\n")).expect("writable");
+    fs::write(
+        &file,
+        format!("model = {model:?}\nserved_name = \"from-file\"\nmax_context = 48\n"),
+    )
+    .expect("writable");
     let config = file.to_str().expect("a plain path");
-    let args = ["generate", "--config", config, "--prompt", "God", "--max-tokens", "500", "--ignore-eos", "--json"];
+    let args = [
+        "generate",
+        "--config",
+        config,
+        "--prompt",
+        "God",
+        "--max-tokens",
+        "500",
+        "--ignore-eos",
+        "--json",
+    ];
     let answer = json(&run(&args).ok());
-    let tokens = answer["prompt_tokens"].as_u64().expect("a count") + answer["token_ids"].as_array().expect("ids").len() as u64;
+    let tokens =
+        answer["prompt_tokens"].as_u64().expect("a count") + answer["token_ids"].as_array().expect("ids").len() as u64;
     assert_eq!(tokens, 48, "max_context of the file bounds prompt and answer: {answer}");
     fs::write(&file, "max_contxt = 48\n").expect("writable");
     let error = run(&["generate", "--config", config, "--prompt", "God"]).failed(2);
@@ -128,15 +228,50 @@ fn settings_come_from_flags_then_environment_then_file() {
 fn what_cannot_be_is_said_and_exits_with_1() {
     let model = bible();
     for (args, words) in [
-        (vec!["generate", "--model", "/no/such/dir", "--prompt", "x"], vec!["/no/such/dir"]),
-        (vec!["generate", "--model", &model, "--prompt-ids", "1,99999"], vec!["99999", "4096"]),
-        (vec!["generate", "--model", &model, "--prompt", "x", "--temperature", "-1"], vec!["temperature", "-1"]),
-        (vec!["generate", "--model", &model, "--prompt", "x", "--top-p", "1.5"], vec!["top_p", "1.5"]),
-        (vec!["generate", "--model", &model, "--prompt", "x", "--max-tokens", "0"], vec!["max_tokens", "0"]),
-        (vec!["generate", "--model", &model, "--prompt", ""], vec!["prompt"]),
-        (vec!["generate", "--connect", "127.0.0.1:1", "--prompt", "x"], vec!["127.0.0.1:1"]),
-        (vec!["gateway", "--model", &model, "--worker", "127.0.0.1:1", "--max-context", "0"], vec!["max_context"]),
-        (vec!["serve", "--model", &model, "--grpc-addr", "nonsense"], vec!["nonsense"]),
+        (
+            vec!["generate", "--model", "/no/such/dir", "--prompt", "x"],
+            vec!["/no/such/dir"],
+        ),
+        (
+            vec!["generate", "--model", &model, "--prompt-ids", "1,99999"],
+            vec!["99999", "4096"],
+        ),
+        (
+            vec!["generate", "--model", &model, "--prompt", "x", "--temperature", "-1"],
+            vec!["temperature", "-1"],
+        ),
+        (
+            vec!["generate", "--model", &model, "--prompt", "x", "--top-p", "1.5"],
+            vec!["top_p", "1.5"],
+        ),
+        (
+            vec!["generate", "--model", &model, "--prompt", "x", "--max-tokens", "0"],
+            vec!["max_tokens", "0"],
+        ),
+        (
+            vec!["generate", "--model", &model, "--prompt", ""],
+            vec!["at least one token"],
+        ),
+        (
+            vec!["generate", "--connect", "127.0.0.1:1", "--prompt", "x"],
+            vec!["127.0.0.1:1"],
+        ),
+        (
+            vec![
+                "gateway",
+                "--model",
+                &model,
+                "--worker",
+                "127.0.0.1:1",
+                "--max-context",
+                "0",
+            ],
+            vec!["max_context"],
+        ),
+        (
+            vec!["serve", "--model", &model, "--grpc-addr", "nonsense"],
+            vec!["nonsense"],
+        ),
         (vec!["worker", "--model", &model, "--shard", "2/2"], vec!["2/2"]),
         (vec!["worker", "--model", &model, "--experts", "0:9"], vec!["9"]),
     ] {
@@ -144,7 +279,11 @@ fn what_cannot_be_is_said_and_exits_with_1() {
         assert!(matches!(finished.code, Some(1 | 2)), "{args:?}: {finished:?}");
         assert!(!finished.stderr.contains("panicked"), "{args:?}: {finished:?}");
         for word in words {
-            assert!(finished.stderr.contains(word), "{args:?} should say {word}: {}", finished.stderr);
+            assert!(
+                finished.stderr.contains(word),
+                "{args:?} should say {word}: {}",
+                finished.stderr
+            );
         }
     }
 }
@@ -152,7 +291,15 @@ fn what_cannot_be_is_said_and_exits_with_1() {
 #[test]
 fn a_prompt_too_long_is_an_error_and_never_cut() {
     let model = bible();
-    let args = ["generate", "--model", &model, "--prompt", "God said unto them all, go.", "--max-context", "4"];
+    let args = [
+        "generate",
+        "--model",
+        &model,
+        "--prompt",
+        "God said unto them all, go.",
+        "--max-context",
+        "4",
+    ];
     let error = run(&args).failed(1);
     assert!(error.contains("context of 4"), "{error}");
 }
@@ -161,7 +308,15 @@ fn a_prompt_too_long_is_an_error_and_never_cut() {
 fn generate_asks_a_gateway_that_already_runs() {
     let model = bible();
     let server = Server::start(&["serve", "--model", &model, "--grpc-addr", "127.0.0.1:0"]);
-    let common = ["--prompt", "The fear of the", "--temperature", "0", "--max-tokens", "12", "--json"];
+    let common = [
+        "--prompt",
+        "The fear of the",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "12",
+        "--json",
+    ];
     let remote = json(&run(&[&["generate", "--connect", &server.addr][..], &common].concat()).ok());
     let local = json(&run(&[&["generate", "--model", &model][..], &common].concat()).ok());
     for field in ["text", "token_ids", "prompt_tokens", "finish_reason"] {

@@ -12,7 +12,13 @@ const SMALL_BLOCKS: [&str; 2] = ["--combine-block", "8"];
 fn forward(model: &Path, inputs: &Path, out: &Path, extra: &[&str]) -> Vec<u8> {
     let path = |path: &Path| path.to_str().expect("a plain path").to_owned();
     let mut args = ["forward", "--capture", "--model"].map(str::to_owned).to_vec();
-    args.extend([path(model), "--inputs".to_owned(), path(inputs), "--out".to_owned(), path(out)]);
+    args.extend([
+        path(model),
+        "--inputs".to_owned(),
+        path(inputs),
+        "--out".to_owned(),
+        path(out),
+    ]);
     args.extend(extra.iter().map(|&arg| arg.to_owned()));
     run(&args).ok();
     fs::read(out).expect("forward writes its output")
@@ -22,8 +28,14 @@ fn compare_with_golden(golden: &Golden, out: &Path) {
     let found = read_tensors(out);
     let valid = golden.valid();
     let compared = ["input_ids", "attention_mask", "greedy_ids", "greedy_margin"];
-    for (name, (shape, wanted)) in golden.tensors.iter().filter(|(name, _)| !compared.contains(&name.as_str())) {
-        let (found_shape, values) = found.get(name).unwrap_or_else(|| panic!("{}: no {name}", golden.family));
+    for (name, (shape, wanted)) in golden
+        .tensors
+        .iter()
+        .filter(|(name, _)| !compared.contains(&name.as_str()))
+    {
+        let (found_shape, values) = found
+            .get(name)
+            .unwrap_or_else(|| panic!("{}: no {name}", golden.family));
         assert_eq!(found_shape, shape, "{}: shape of {name}", golden.family);
         let tolerance = match name.rsplit('.').next() {
             Some("topk_ids") => 0.0,
@@ -38,7 +50,13 @@ fn compare_with_golden(golden: &Golden, out: &Path) {
 fn generate(model: &Path, prompt: &[u32], extra: &[&str]) -> Value {
     let ids: Vec<String> = prompt.iter().map(u32::to_string).collect();
     let ids = ids.join(",");
-    let mut args = vec!["generate", "--model", model.to_str().expect("a plain path"), "--prompt-ids", &ids];
+    let mut args = vec![
+        "generate",
+        "--model",
+        model.to_str().expect("a plain path"),
+        "--prompt-ids",
+        &ids,
+    ];
     args.extend(["--json", "--temperature", "0", "--max-tokens", "24"]);
     args.extend(extra);
     serde_json::from_str(&run(&args).ok()).expect("--json prints JSON")
@@ -66,7 +84,10 @@ fn a_family_is_golden_and_the_same_for_any_number_of_workers(family: &str) {
     }
     let hub = hub_spelling(&golden.dir, folder.path());
     let local = forward(&golden.dir, &inputs, &out, &[]);
-    assert!(local == forward(&hub, &inputs, &out, &[]), "{family}: config.hub.json gives other bits");
+    assert!(
+        local == forward(&hub, &inputs, &out, &[]),
+        "{family}: config.hub.json gives other bits"
+    );
 }
 
 /// The checkpoint with the other spelling of its config.
@@ -92,12 +113,23 @@ fn a_family_generates_its_golden_tokens(family: &str) {
         assert_eq!(token_ids(&answer), wanted, "{family} prompt {index}");
         assert_eq!(answer["finish_reason"], "length", "{family}");
         assert_eq!(answer["prompt_tokens"], prompt.len(), "{family}");
-        assert_eq!(answer["text"], golden.json["greedy_text"][index], "{family} prompt {index}");
+        assert_eq!(
+            answer["text"], golden.json["greedy_text"][index],
+            "{family} prompt {index}"
+        );
     }
     if routed {
         let prompt = &golden.prompts()[1];
-        let answer = generate(&golden.dir, prompt, &["--ignore-eos", "--workers", "3", "--combine-block", "8"]);
-        assert_eq!(token_ids(&answer), golden.greedy()[1], "{family} over three sliced workers");
+        let answer = generate(
+            &golden.dir,
+            prompt,
+            &["--ignore-eos", "--workers", "3", "--combine-block", "8"],
+        );
+        assert_eq!(
+            token_ids(&answer),
+            golden.greedy()[1],
+            "{family} over three sliced workers"
+        );
     }
 }
 
@@ -124,8 +156,20 @@ macro_rules! families {
 }
 
 families!(
-    mixtral, qwen2_moe, qwen3_moe, olmoe, granitemoe, phimoe, deepseek_v2, deepseek_v3, gpt_oss, glm4_moe,
-    ernie4_5_moe, llama4_text, llama, qwen3
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+    olmoe,
+    granitemoe,
+    phimoe,
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    glm4_moe,
+    ernie4_5_moe,
+    llama4_text,
+    llama,
+    qwen3
 );
 
 #[test]

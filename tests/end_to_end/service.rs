@@ -13,12 +13,20 @@ type Client = InferenceServiceClient<Channel>;
 
 fn serve(family: &str, extra: &[&str]) -> Server {
     let dir = golden_dir(family);
-    let args = ["serve", "--model", dir.to_str().expect("a plain path"), "--grpc-addr", "127.0.0.1:0"];
+    let args = [
+        "serve",
+        "--model",
+        dir.to_str().expect("a plain path"),
+        "--grpc-addr",
+        "127.0.0.1:0",
+    ];
     Server::start(&[&args[..], extra].concat())
 }
 
 async fn connect(server: &Server) -> Client {
-    Client::connect(format!("http://{}", server.addr)).await.expect("the door is open")
+    Client::connect(format!("http://{}", server.addr))
+        .await
+        .expect("the door is open")
 }
 
 fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
@@ -26,7 +34,10 @@ fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
         prompt: Some(Prompt::TokenIds(v1::TokenIds { ids: prompt.to_vec() })),
         max_tokens,
         ignore_eos: true,
-        sampling: Some(SamplingParams { temperature: Some(0.0), ..SamplingParams::default() }),
+        sampling: Some(SamplingParams {
+            temperature: Some(0.0),
+            ..SamplingParams::default()
+        }),
         ..GenerateRequest::default()
     }
 }
@@ -41,7 +52,10 @@ async fn collect(client: &mut Client, request: GenerateRequest) -> Vec<GenerateR
 }
 
 fn ids(responses: &[GenerateResponse]) -> Vec<u32> {
-    responses.iter().flat_map(|response| response.token_ids.clone()).collect()
+    responses
+        .iter()
+        .flat_map(|response| response.token_ids.clone())
+        .collect()
 }
 
 fn text(responses: &[GenerateResponse]) -> String {
@@ -50,7 +64,10 @@ fn text(responses: &[GenerateResponse]) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixteen_requests_together_give_what_each_gives_alone() {
-    let server = serve("qwen3_moe", &["--workers", "2", "--combine-block", "8", "--max-batch-tokens", "24"]);
+    let server = serve(
+        "qwen3_moe",
+        &["--workers", "2", "--combine-block", "8", "--max-batch-tokens", "24"],
+    );
     let prompts = Golden::read("qwen3_moe").prompts();
     let requests: Vec<GenerateRequest> = (0..16)
         .map(|index: usize| {
@@ -94,7 +111,11 @@ async fn a_client_that_goes_away_makes_room_for_the_next() {
     // One sequence of 250 tokens fills the cache, so the second can only start when the first is gone.
     let server = serve("mixtral", &["--kv-memory", "64KiB", "--max-context", "256"]);
     let mut client = connect(&server).await;
-    let mut first = client.generate(greedy(&[1, 45, 82], 250)).await.expect("accepted").into_inner();
+    let mut first = client
+        .generate(greedy(&[1, 45, 82], 250))
+        .await
+        .expect("accepted")
+        .into_inner();
     first.message().await.expect("no error").expect("a token");
     drop(first);
     let second = tokio::time::timeout(Duration::from_secs(30), collect(&mut client, greedy(&[1, 45], 4))).await;
@@ -112,13 +133,19 @@ async fn the_last_message_tells_why_and_what_it_cost() {
     let last = responses.last().expect("at least one message");
     assert_eq!(last.finish_reason(), FinishReason::Length);
     let usage = last.usage.expect("usage");
-    assert_eq!((usage.prompt_tokens as usize, usage.completion_tokens), (golden.prompts()[0].len(), 6));
+    assert_eq!(
+        (usage.prompt_tokens as usize, usage.completion_tokens),
+        (golden.prompts()[0].len(), 6)
+    );
     assert_eq!(responses[0].combine_mode, "exact");
     for response in responses.iter().filter(|response| !response.token_ids.is_empty()) {
         assert_eq!(response.logprobs.len(), response.token_ids.len());
         assert_eq!(response.top_logprobs.len(), 2);
         assert!(response.top_logprobs[0].logprob >= response.top_logprobs[1].logprob);
-        assert_eq!(response.logprobs[0].token_id, response.top_logprobs[0].token_id, "greedy takes the likeliest");
+        assert_eq!(
+            response.logprobs[0].token_id, response.top_logprobs[0].token_id,
+            "greedy takes the likeliest"
+        );
     }
 }
 
@@ -126,21 +153,51 @@ async fn the_last_message_tells_why_and_what_it_cost() {
 async fn wrong_requests_get_their_code_and_the_server_lives_on() {
     let server = serve("granitemoe", &["--max-context", "64"]);
     let mut client = connect(&server).await;
-    let sampling = |sampling| GenerateRequest { sampling: Some(sampling), ..greedy(&[1, 2], 4) };
+    let sampling = |sampling| GenerateRequest {
+        sampling: Some(sampling),
+        ..greedy(&[1, 2], 4)
+    };
     for (request, code, word) in [
-        (GenerateRequest { model: "other".to_owned(), ..greedy(&[1], 1) }, Code::NotFound, "other"),
-        (GenerateRequest { prompt: None, ..greedy(&[], 1) }, Code::InvalidArgument, "prompt"),
-        (greedy(&[], 1), Code::InvalidArgument, "prompt"),
+        (
+            GenerateRequest {
+                model: "other".to_owned(),
+                ..greedy(&[1], 1)
+            },
+            Code::NotFound,
+            "other",
+        ),
+        (
+            GenerateRequest {
+                prompt: None,
+                ..greedy(&[], 1)
+            },
+            Code::InvalidArgument,
+            "prompt",
+        ),
+        (greedy(&[], 1), Code::InvalidArgument, "at least one token"),
         (greedy(&[320], 1), Code::InvalidArgument, "320"),
         (greedy(&[1; 64], 1), Code::InvalidArgument, "64"),
         (
-            sampling(SamplingParams { temperature: Some(f32::NAN), ..SamplingParams::default() }),
+            sampling(SamplingParams {
+                temperature: Some(f32::NAN),
+                ..SamplingParams::default()
+            }),
             Code::InvalidArgument,
             "temperature",
         ),
-        (sampling(SamplingParams { top_p: Some(0.0), ..SamplingParams::default() }), Code::InvalidArgument, "top_p"),
         (
-            GenerateRequest { stop: vec![String::new()], ..greedy(&[1], 1) },
+            sampling(SamplingParams {
+                top_p: Some(0.0),
+                ..SamplingParams::default()
+            }),
+            Code::InvalidArgument,
+            "top_p",
+        ),
+        (
+            GenerateRequest {
+                stop: vec![String::new()],
+                ..greedy(&[1], 1)
+            },
             Code::InvalidArgument,
             "stop",
         ),
@@ -166,10 +223,24 @@ async fn tokenize_and_detokenize_are_inverse_and_models_are_listed() {
     };
     let tokens = client.tokenize(request).await.expect("tokenised").into_inner();
     assert_eq!(tokens.tokens.len(), tokens.token_ids.len());
-    let request = v1::DetokenizeRequest { token_ids: tokens.token_ids, ..v1::DetokenizeRequest::default() };
-    assert_eq!(client.detokenize(request).await.expect("joined").into_inner().text, sentence);
-    let models = client.list_models(v1::ListModelsRequest {}).await.expect("listed").into_inner().models;
-    assert_eq!((models[0].name.as_str(), models[0].family.as_str()), ("ds", "deepseek_v2"));
+    let request = v1::DetokenizeRequest {
+        token_ids: tokens.token_ids,
+        ..v1::DetokenizeRequest::default()
+    };
+    assert_eq!(
+        client.detokenize(request).await.expect("joined").into_inner().text,
+        sentence
+    );
+    let models = client
+        .list_models(v1::ListModelsRequest {})
+        .await
+        .expect("listed")
+        .into_inner()
+        .models;
+    assert_eq!(
+        (models[0].name.as_str(), models[0].family.as_str()),
+        ("ds", "deepseek_v2")
+    );
     assert_eq!(models[0].moe_layers, [1, 2], "layer 0 is dense");
 }
 
@@ -182,11 +253,21 @@ async fn forward_streams_the_golden_logits_of_the_positions_asked() {
     let prompt = &golden.prompts()[0];
     let last = prompt.len() as u32 - 1;
     for (positions, wanted) in [(vec![], vec![last]), (vec![0, 3, last], vec![0, 3, last])] {
-        let request = v1::ForwardRequest { token_ids: prompt.clone(), positions, ..v1::ForwardRequest::default() };
+        let request = v1::ForwardRequest {
+            token_ids: prompt.clone(),
+            positions,
+            ..v1::ForwardRequest::default()
+        };
         let mut stream = client.forward(request).await.expect("accepted").into_inner();
         let mut seen = Vec::new();
         while let Some(row) = stream.message().await.expect("no error") {
-            let values: Vec<f32> = row.logits.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            let values: Vec<f32> = row
+                .logits
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&b| f32::from_le_bytes(b))
+                .collect();
             let first = row.position as usize * shape[2];
             moerun_tests::assert_close("logits", &values, &logits[first..first + shape[2]], &[true], 1e-4);
             seen.push(row.position);
@@ -197,9 +278,16 @@ async fn forward_streams_the_golden_logits_of_the_positions_asked() {
 
 #[test]
 fn a_foreign_client_generates_and_runs_layers_through_reflection() {
-    for (family, extra) in [("qwen2_moe", &["--workers", "2"][..]), ("llama4_text", &[]), ("deepseek_v3", &[])] {
+    for (family, extra) in [
+        ("qwen2_moe", &["--workers", "2"][..]),
+        ("llama4_text", &[]),
+        ("deepseek_v3", &[]),
+    ] {
         let server = serve(family, extra);
-        let report = run_client("foreign_client.py", &[&server.addr, golden_dir(family).to_str().expect("a path")]);
+        let report = run_client(
+            "foreign_client.py",
+            &[&server.addr, golden_dir(family).to_str().expect("a path")],
+        );
         assert!(report.contains("ran 2 MoE layers"), "{report}");
     }
 }
@@ -215,7 +303,11 @@ fn sigterm_drains_and_a_second_one_stops() {
 async fn requests_in_flight_end_well_while_the_server_drains() {
     let mut server = serve("olmoe", &["--workers", "2"]);
     let mut client = connect(&server).await;
-    let mut stream = client.generate(greedy(&[1, 45, 82], 200)).await.expect("accepted").into_inner();
+    let mut stream = client
+        .generate(greedy(&[1, 45, 82], 200))
+        .await
+        .expect("accepted")
+        .into_inner();
     let first = stream.message().await.expect("no error").expect("a token");
     server.terminate();
     let mut tokens = first.token_ids.len();

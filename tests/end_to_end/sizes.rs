@@ -30,8 +30,9 @@ fn prompts(seed: u64) -> Vec<Vec<u32>> {
 fn write_inputs(path: &Path, prompts: &[Vec<u32>]) -> Vec<bool> {
     let length = prompts.iter().map(Vec::len).max().expect("prompts");
     let cell = |row: usize, column: usize| prompts[row].get(column).copied();
-    let cells: Vec<Option<u32>> =
-        (0..prompts.len()).flat_map(|row| (0..length).map(move |column| cell(row, column))).collect();
+    let cells: Vec<Option<u32>> = (0..prompts.len())
+        .flat_map(|row| (0..length).map(move |column| cell(row, column)))
+        .collect();
     let bytes = |value: fn(&Option<u32>) -> i64| cells.iter().flat_map(|c| value(c).to_le_bytes()).collect::<Vec<u8>>();
     let (ids, mask) = (bytes(|c| c.unwrap_or(0).into()), bytes(|c| c.is_some().into()));
     let view = |bytes| TensorView::new(Dtype::I64, vec![prompts.len(), length], bytes).expect("shape and bytes agree");
@@ -45,7 +46,17 @@ fn path(path: &Path) -> &str {
 }
 
 fn forward(model: &Path, inputs: &Path, out: &Path, extra: &[&str]) -> Vec<u8> {
-    let args = ["forward", "--model", path(model), "--inputs", path(inputs), "--out", path(out), "--weights", "f32"];
+    let args = [
+        "forward",
+        "--model",
+        path(model),
+        "--inputs",
+        path(inputs),
+        "--out",
+        path(out),
+        "--weights",
+        "f32",
+    ];
     run(&[&args[..], extra].concat()).ok();
     fs::read(out).expect("forward writes its output")
 }
@@ -56,11 +67,16 @@ fn check(tiny: &TinyCheckpoint) {
     let model = folder.path().join("model");
     let prompts = prompts(tiny.seed);
     let margin = if tiny.family.has_experts() { 2e-4 } else { 0.0 };
-    let seed = tiny.write_safe(&model, &prompts, 6, margin).expect("a checkpoint with safe decisions");
+    let seed = tiny
+        .write_safe(&model, &prompts, 6, margin)
+        .expect("a checkpoint with safe decisions");
     let what = format!("{:?} seed {seed} {:?} {:?}", tiny.family, tiny.element, tiny.storage);
     let naive = NaiveModel::open(&model).expect("the reference reads it");
 
-    let (inputs, out) = (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    let (inputs, out) = (
+        folder.path().join("in.safetensors"),
+        folder.path().join("out.safetensors"),
+    );
     let valid = write_inputs(&inputs, &prompts);
     let local = forward(&model, &inputs, &out, &["--combine-block", "8"]);
     let found: HashMap<_, _> = read_tensors(&out).into_iter().collect();
@@ -70,9 +86,18 @@ fn check(tiny: &TinyCheckpoint) {
         let wanted = naive.forward(prompt).expect("the reference runs");
         let wanted: Vec<f32> = wanted.logits.iter().flatten().map(|&value| value as f32).collect();
         let found = &logits[index * row..index * row + wanted.len()];
-        assert_close(&format!("{what}: logits of prompt {index}"), found, &wanted, &vec![true; prompt.len()], 1e-4);
+        assert_close(
+            &format!("{what}: logits of prompt {index}"),
+            found,
+            &wanted,
+            &vec![true; prompt.len()],
+            1e-4,
+        );
     }
-    assert!(valid.iter().filter(|&&valid| valid).count() == 33, "the reference saw every token");
+    assert!(
+        valid.iter().filter(|&&valid| valid).count() == 33,
+        "the reference saw every token"
+    );
     if tiny.family.has_experts() {
         for workers in ["2", "3"] {
             let remote = forward(&model, &inputs, &out, &["--combine-block", "8", "--workers", workers]);
@@ -82,7 +107,16 @@ fn check(tiny: &TinyCheckpoint) {
 
     let prompt = &prompts[0];
     let ids = prompt.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-    let args = ["generate", "--model", path(&model), "--weights", "f32", "--prompt-ids", &ids, "--json"];
+    let args = [
+        "generate",
+        "--model",
+        path(&model),
+        "--weights",
+        "f32",
+        "--prompt-ids",
+        &ids,
+        "--json",
+    ];
     let extra = ["--temperature", "0", "--max-tokens", "6", "--ignore-eos"];
     let answer: serde_json::Value =
         serde_json::from_str(&run(&[&args[..], &extra].concat()).ok()).expect("--json prints JSON");
@@ -113,8 +147,16 @@ fn quantised_and_half_precision_checkpoints_match_their_dequantised_values() {
         expert_intermediate: 96,
         ..TinyCheckpoint::new(Family::GptOss, 6)
     };
-    let half = TinyCheckpoint { element: Element::F16, shards: 3, ..TinyCheckpoint::new(Family::Qwen2Moe, 7) };
-    let brain = TinyCheckpoint { element: Element::Bf16, shards: 2, ..TinyCheckpoint::new(Family::GraniteMoe, 8) };
+    let half = TinyCheckpoint {
+        element: Element::F16,
+        shards: 3,
+        ..TinyCheckpoint::new(Family::Qwen2Moe, 7)
+    };
+    let brain = TinyCheckpoint {
+        element: Element::Bf16,
+        shards: 2,
+        ..TinyCheckpoint::new(Family::GraniteMoe, 8)
+    };
     for tiny in [fp8, mxfp4, half, brain] {
         check(&tiny);
     }

@@ -51,8 +51,18 @@ pub fn read_tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
         .map(|(name, view)| {
             let data = view.data();
             let values = match view.dtype() {
-                Dtype::F32 => data.as_chunks::<4>().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect(),
-                Dtype::I64 => data.as_chunks::<8>().0.iter().map(|&chunk| i64::from_le_bytes(chunk) as f32).collect(),
+                Dtype::F32 => data
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .map(|&chunk| f32::from_le_bytes(chunk))
+                    .collect(),
+                Dtype::I64 => data
+                    .as_chunks::<8>()
+                    .0
+                    .iter()
+                    .map(|&chunk| i64::from_le_bytes(chunk) as f32)
+                    .collect(),
                 Dtype::U8 => data.iter().map(|&byte| f32::from(byte)).collect(),
                 other => panic!("{name}: {other:?} is not expected here"),
             };
@@ -99,7 +109,11 @@ impl Golden {
 
     /// Whether each position of the padded batch holds a token, `[batch * sequence]`.
     pub fn valid(&self) -> Vec<bool> {
-        self.tensors["attention_mask"].1.iter().map(|&mask| mask == 1.0).collect()
+        self.tensors["attention_mask"]
+            .1
+            .iter()
+            .map(|&mask| mask == 1.0)
+            .collect()
     }
 }
 
@@ -107,7 +121,12 @@ fn id_lists(value: &Value) -> Vec<Vec<u32>> {
     let list = |value: &Value| value.as_array().expect("a list").clone();
     list(value)
         .iter()
-        .map(|ids| list(ids).iter().map(|id| u32::try_from(id.as_u64().expect("an id")).expect("an id")).collect())
+        .map(|ids| {
+            list(ids)
+                .iter()
+                .map(|id| u32::try_from(id.as_u64().expect("an id")).expect("an id"))
+                .collect()
+        })
         .collect()
 }
 
@@ -118,7 +137,10 @@ pub fn assert_close(what: &str, found: &[f32], wanted: &[f32], valid: &[bool], t
     let width = wanted.len() / valid.len();
     for (index, (&a, &b)) in found.iter().zip(wanted).enumerate() {
         if valid[index / width] {
-            assert!((a - b).abs() <= tolerance + tolerance * b.abs(), "{what}[{index}]: {a} is not close to {b}");
+            assert!(
+                (a - b).abs() <= tolerance + tolerance * b.abs(),
+                "{what}[{index}]: {a} is not close to {b}"
+            );
         }
     }
 }

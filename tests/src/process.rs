@@ -20,11 +20,16 @@ pub fn moerun() -> &'static Path {
         let tests = std::env::current_exe().expect("a test has a path");
         let profile_dir = tests.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned();
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--workspace", "--bin", "moerun"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        build
+            .args(["build", "--quiet", "--workspace", "--bin", "moerun"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile_dir.ends_with("release") {
             build.arg("--release");
         }
-        assert!(build.status().expect("cargo starts").success(), "the binary does not build");
+        assert!(
+            build.status().expect("cargo starts").success(),
+            "the binary does not build"
+        );
         profile_dir.join("moerun")
     })
 }
@@ -51,7 +56,13 @@ impl Finished {
     /// Standard error of a command that must have failed with `code`, and must not have panicked.
     #[track_caller]
     pub fn failed(self, code: i32) -> String {
-        assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         self.stderr
     }
@@ -80,12 +91,23 @@ pub fn run_for<S: AsRef<std::ffi::OsStr>>(args: &[S], timeout: Duration) -> Fini
         }
         if Instant::now() > deadline {
             let _ = child.kill();
-            let shown: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy().into_owned()).collect();
-            panic!("moerun {} did not end within {timeout:?}: {}", shown.join(" "), join(stderr));
+            let shown: Vec<_> = args
+                .iter()
+                .map(|arg| arg.as_ref().to_string_lossy().into_owned())
+                .collect();
+            panic!(
+                "moerun {} did not end within {timeout:?}: {}",
+                shown.join(" "),
+                join(stderr)
+            );
         }
         thread::sleep(Duration::from_millis(5));
     };
-    Finished { code: status.code(), stdout: join(stdout), stderr: join(stderr) }
+    Finished {
+        code: status.code(),
+        stdout: join(stdout),
+        stderr: join(stderr),
+    }
 }
 
 fn collect(mut stream: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
@@ -135,7 +157,12 @@ impl Server {
         let stderr = lines(child.stderr.take().expect("piped"));
         let first = stdout.recv_timeout(COMMAND_TIMEOUT);
         match first.ok().as_deref().and_then(|line| line.strip_prefix("ready grpc=")) {
-            Some(addr) => Ok(Server { child, _stdin: stdin, addr: addr.trim().to_owned(), stderr }),
+            Some(addr) => Ok(Server {
+                child,
+                _stdin: stdin,
+                addr: addr.trim().to_owned(),
+                stderr,
+            }),
             None => {
                 let deadline = Instant::now() + Duration::from_secs(5);
                 let mut status = None;
@@ -146,7 +173,11 @@ impl Server {
                 let _ = child.kill();
                 let _ = child.wait();
                 let stderr = stderr.iter().collect::<Vec<_>>().join("\n");
-                Err(Finished { code: status.and_then(|status| status.code()), stdout: String::new(), stderr })
+                Err(Finished {
+                    code: status.and_then(|status| status.code()),
+                    stdout: String::new(),
+                    stderr,
+                })
             }
         }
     }
@@ -164,7 +195,9 @@ impl Server {
 
     /// Sends SIGTERM.
     pub fn terminate(&self) {
-        let sent = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        let sent = Command::new("kill")
+            .args(["-TERM", &self.child.id().to_string()])
+            .status();
         assert!(sent.expect("kill starts").success());
     }
 
@@ -210,5 +243,8 @@ fn lines(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
 
 /// A loopback port that was free a moment ago, for addresses nobody must be listening on.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("loopback").port()
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("loopback")
+        .port()
 }

@@ -16,7 +16,10 @@ pub fn run_client(script: &str, args: &[&str]) -> String {
         .env("PYTHONPATH", packages())
         .output()
         .expect("python3 is installed");
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     assert!(output.status.success(), "{script}: {stdout}\n{stderr}");
     stdout.into_owned()
 }
@@ -29,11 +32,23 @@ fn packages() -> &'static Path {
         let requirements = manifest.join("clients/requirements.txt");
         let wanted = std::fs::read_to_string(&requirements).expect("requirements.txt is in the repository");
         let target = std::env::current_exe().expect("a test has a path");
-        let folder = target.ancestors().nth(3).expect("target/PROFILE/deps/TEST").join("python-clients");
+        let folder = target
+            .ancestors()
+            .nth(3)
+            .expect("target/PROFILE/deps/TEST")
+            .join("python-clients");
         let installed = folder.join("installed.txt");
         if std::fs::read_to_string(&installed).ok().as_deref() != Some(&wanted) {
             let status = Command::new("python3")
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "--target"])
+                .args([
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "--upgrade",
+                    "--target",
+                ])
                 .arg(&folder)
                 .arg("--requirement")
                 .arg(&requirements)

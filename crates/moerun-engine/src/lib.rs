@@ -22,5 +22,6 @@ pub use engine::{Engine, EngineConfig, EngineStats};
 pub use forward::{Capture, forward_step};
 pub use handle::EngineHandle;
 pub use request::{
-    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, MoeLayerRequest, SamplingParams, TokenEvent,
+    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, MoeLayerRequest, SamplingParams,
+    TokenEvent,
 };

@@ -60,6 +60,11 @@ impl Limits {
             "at least 2 (one token in, one out)",
             config.max_context,
         )?;
+        let supported = model.max_position_embeddings;
+        if config.max_context > supported {
+            let wanted = format!("at most the {supported} positions that the checkpoint supports");
+            return Err(invalid("max_context", wanted, config.max_context));
+        }
         require(
             config.max_batch_tokens >= 1,
             "max_batch_tokens",

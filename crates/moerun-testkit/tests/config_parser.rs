@@ -1,4 +1,5 @@
 //! What the real config parser says to lies and to drawn configs.
+#![allow(clippy::unwrap_used)] // clippy's exception for tests does not reach the helpers of an integration test
 
 use std::fs;
 

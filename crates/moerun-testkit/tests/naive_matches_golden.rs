@@ -1,4 +1,5 @@
 //! The naive reference against what an independent implementation computed.
+#![allow(clippy::unwrap_used)] // clippy's exception for tests does not reach the helpers of an integration test
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
 //! Tiny checkpoints are read back by the naive reference, and are what they say.
+#![allow(clippy::unwrap_used)] // clippy's exception for tests does not reach the helpers of an integration test
 
 use moerun_testkit::{
     ALL_FAMILIES, Element, Family, NaiveForward, NaiveModel, RawFile, Storage, TinyCheckpoint, copy_only_experts,

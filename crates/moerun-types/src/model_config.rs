@@ -20,7 +20,9 @@ pub enum Family {
     Qwen2Moe,
     Qwen3Moe,
     Olmoe,
+    #[serde(rename = "granitemoe")]
     GraniteMoe,
+    #[serde(rename = "phimoe")]
     PhiMoe,
     DeepseekV2,
     DeepseekV3,

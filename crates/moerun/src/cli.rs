@@ -204,7 +204,12 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SynthesizeArgs {
     /// Name of a real shape (--shape help lists them)
-    #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        required_unless_present = "config",
+        conflicts_with = "config"
+    )]
     pub(crate) shape: Option<String>,
 
     /// A config.json of any supported family

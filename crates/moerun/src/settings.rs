@@ -264,7 +264,11 @@ mod tests {
     #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        writeln!(file, "max_context = 64\nmax_queue = 7\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]").unwrap();
+        writeln!(
+            file,
+            "max_context = 64\nmax_queue = 7\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
+        )
+        .unwrap();
         let flags = ServingFlags {
             max_context: Some(32),
             config: Some(file.path().to_owned()),
@@ -289,7 +293,10 @@ mod tests {
         ] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             writeln!(file, "{text}").unwrap();
-            let flags = ServingFlags { config: Some(file.path().to_owned()), ..ServingFlags::default() };
+            let flags = ServingFlags {
+                config: Some(file.path().to_owned()),
+                ..ServingFlags::default()
+            };
             let error = Settings::load(&flags, &RoleFlags::default()).expect_err(text);
             assert!(format!("{error:#}").contains(word), "{text}: {error:#}");
         }

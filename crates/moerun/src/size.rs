@@ -72,7 +72,9 @@ impl<'de> Deserialize<'de> for ByteSize {
             }
 
             fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
-                u64::try_from(bytes).map(ByteSize).map_err(|_| E::custom(format!("a size cannot be {bytes}")))
+                u64::try_from(bytes)
+                    .map(ByteSize)
+                    .map_err(|_| E::custom(format!("a size cannot be {bytes}")))
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
@@ -89,7 +91,13 @@ mod tests {
 
     #[test]
     fn sizes_are_read_in_binary_and_decimal_units() {
-        for (text, bytes) in [("4096", 4096), ("2KiB", 2048), ("1.5 GiB", 3 << 29), ("8GB", 8_000_000_000), ("7B", 7)] {
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("2KiB", 2048),
+            ("1.5 GiB", 3 << 29),
+            ("8GB", 8_000_000_000),
+            ("7B", 7),
+        ] {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
     }

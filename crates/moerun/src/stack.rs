@@ -53,7 +53,11 @@ enum Place {
 impl Experts {
     /// Loads the model and its experts: in this process, or in `settings.workers` processes that it starts.
     pub(crate) fn start(settings: &Settings) -> anyhow::Result<Self> {
-        let place = if settings.workers == 0 { Place::Here } else { Place::Local(settings.workers) };
+        let place = if settings.workers == 0 {
+            Place::Here
+        } else {
+            Place::Local(settings.workers)
+        };
         Self::start_at(settings, place)
     }
 
@@ -64,7 +68,11 @@ impl Experts {
 
     fn start_at(settings: &Settings, place: Place) -> anyhow::Result<Self> {
         let dir = settings.model_dir()?;
-        let needs = if matches!(place, Place::Remote(_)) { Needs::GatewayOnly } else { Needs::All };
+        let needs = if matches!(place, Place::Remote(_)) {
+            Needs::GatewayOnly
+        } else {
+            Needs::All
+        };
         let checkpoint = Arc::new(Checkpoint::open(dir, needs)?);
         let config = checkpoint.config();
         let place = match place {
@@ -73,7 +81,9 @@ impl Experts {
                 Place::Here
             }
             Place::Remote(_) if config.moe.is_none() => bail!("{}: a dense model has no experts", dir.display()),
-            Place::Remote(workers) if workers.is_empty() => bail!("no workers given: wanted --worker ADDR at least once"),
+            Place::Remote(workers) if workers.is_empty() => {
+                bail!("no workers given: wanted --worker ADDR at least once")
+            }
             place => place,
         };
         let numerics = numerics(settings, &checkpoint);
@@ -88,7 +98,9 @@ impl Experts {
         flush_denormals(); // norms and gates run on this thread where a command drives the model itself
         let pool = Arc::new(CpuPool::new(settings.threads.unwrap_or_else(available_threads)));
         let mut loading = LoadProgress::new("the gateway's tensors");
-        let model = Model::load(&checkpoint, numerics.format, &mut |done, total| loading.update(done, total))?;
+        let model = Model::load(&checkpoint, numerics.format, &mut |done, total| {
+            loading.update(done, total)
+        })?;
         loading.finish();
         let backend: Arc<dyn ExpertBackend> = match place {
             Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
@@ -98,7 +110,10 @@ impl Experts {
                     (None, Place::Remote(addresses)) => addresses,
                     (None, _) => Vec::new(),
                 };
-                let remote = RemoteConfig { startup_timeout: START_UP_TIMEOUT, ..RemoteConfig::new(addresses) };
+                let remote = RemoteConfig {
+                    startup_timeout: START_UP_TIMEOUT,
+                    ..RemoteConfig::new(addresses)
+                };
                 Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
             }
         };
@@ -150,13 +165,19 @@ impl Serving {
             served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
             max_context: experts.max_context,
         });
-        Ok(Serving { gateway: Arc::new(gateway), _engine: engine, _experts: experts })
+        Ok(Serving {
+            gateway: Arc::new(gateway),
+            _engine: engine,
+            _experts: experts,
+        })
     }
 }
 
 fn directory_name(dir: &Path) -> String {
     let absolute = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    absolute.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    absolute
+        .file_name()
+        .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// What gateway and workers must agree on.
@@ -165,7 +186,9 @@ fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Numerics {
     Numerics {
         format: settings.weights.unwrap_or_else(|| checkpoint.default_format()),
         combine: settings.combine,
-        combine_block: settings.combine_block.unwrap_or_else(|| default_combine_block(intermediate)),
+        combine_block: settings
+            .combine_block
+            .unwrap_or_else(|| default_combine_block(intermediate)),
     }
 }
 
@@ -189,7 +212,11 @@ fn reckon_memory(
     experts_on_this_machine: bool,
 ) -> anyhow::Result<u64> {
     let need = MemoryNeed::of(config, format);
-    let experts = if experts_on_this_machine { need.all_experts_bytes } else { 0 };
+    let experts = if experts_on_this_machine {
+        need.all_experts_bytes
+    } else {
+        0
+    };
     let weights = need.gateway_bytes.saturating_add(experts);
     let available = available_memory_bytes();
     let free = available.map_or(u64::MAX, |available| available.saturating_sub(weights));
@@ -198,7 +225,10 @@ fn reckon_memory(
         None => {
             let context = need.kv_bytes_per_token.saturating_mul(max_context as u64);
             // At least one page, so that the error below speaks of weights and not of an empty cache.
-            context.saturating_mul(DEFAULT_CONTEXTS).min(free / 4).max(need.kv_bytes_per_token.saturating_mul(16))
+            context
+                .saturating_mul(DEFAULT_CONTEXTS)
+                .min(free / 4)
+                .max(need.kv_bytes_per_token.saturating_mul(16))
         }
     };
     match available {
@@ -223,12 +253,18 @@ fn load_bank(checkpoint: &Checkpoint, numerics: Numerics) -> anyhow::Result<Arc<
         let end = u16::try_from(numerics.num_blocks(moe.intermediate)).context("too many combine blocks")?;
         for layer in config.moe_layers() {
             for expert in 0..u16::try_from(moe.num_experts).context("too many experts")? {
-                slices.push(ExpertSlice { layer, expert: ExpertId(expert), blocks: BlockRange { first: 0, end } });
+                slices.push(ExpertSlice {
+                    layer,
+                    expert: ExpertId(expert),
+                    blocks: BlockRange { first: 0, end },
+                });
             }
         }
     }
     let mut loading = LoadProgress::new("experts");
-    let bank = ExpertBank::load(checkpoint, &slices, numerics, &mut |done, total| loading.update(done, total))?;
+    let bank = ExpertBank::load(checkpoint, &slices, numerics, &mut |done, total| {
+        loading.update(done, total)
+    })?;
     loading.finish();
     Ok(Arc::new(bank))
 }
@@ -249,7 +285,8 @@ fn start_workers(
         "--listen",
         "127.0.0.1:0",
         "--model",
-        dir.to_str().with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
+        dir.to_str()
+            .with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
         "--weights",
         &numerics.format.to_string(),
         "--combine",

@@ -135,7 +135,7 @@ async fn what_can_never_run_is_refused_before_it_is_queued() {
     let fixture = Fixture::load("qwen3_moe");
     let engine = fixture.start(Sizes {
         pages: 4,
-        max_context: 1000,
+        max_context: 256,
         ..CONFIG
     });
     let long = engine.handle().generate(greedy(fixture.long_prompt(65), 1));
@@ -167,6 +167,13 @@ async fn what_can_never_run_is_refused_before_it_is_queued() {
             "max_context",
             Sizes {
                 max_context: 1,
+                ..CONFIG
+            },
+        ),
+        (
+            "max_context",
+            Sizes {
+                max_context: 257, // more positions than the checkpoint has
                 ..CONFIG
             },
         ),

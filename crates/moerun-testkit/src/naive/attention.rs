@@ -34,30 +34,27 @@ pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input:
         Family::GraniteMoe => config.float("attention_multiplier")?,
         _ => 1.0 / (head_dim as f64).sqrt(),
     };
-    let mut attended = Vec::new();
-    for token in 0..input.len() {
+    let mut attended: Rows = Vec::new();
+    for (token, query_heads) in queries.iter().enumerate() {
+        let mut visible = Vec::new();
+        for key in 0..=token {
+            if sees(config, layer, token, key)? {
+                visible.push(key);
+            }
+        }
         let mut row = Vec::new();
-        for head in 0..heads {
+        for (head, query) in query_heads.iter().enumerate() {
             let kv_head = head / (heads / kv_heads);
-            let visible = (0..=token).filter_map(|key| match sees(config, layer, token, key) {
-                Ok(true) => Some(Ok(key)),
-                Ok(false) => None,
-                Err(error) => Some(Err(error)),
-            });
-            let visible = visible.collect::<Result<Vec<usize>, _>>()?;
             let mut scores: Vec<f64> = visible
                 .iter()
-                .map(|&key| scale * dot(&queries[token][head], &keys[key][kv_head]))
+                .map(|&key| scale * dot(query, &keys[key][kv_head]))
                 .collect();
             scores.extend(sinks.map(|sinks| sinks[head]));
             let probabilities = softmax(&scores); // a sink's share comes last and meets no value
-            row.extend((0..head_dim).map(|i| {
-                visible
-                    .iter()
-                    .zip(&probabilities)
-                    .map(|(&key, p)| p * values[key][kv_head][i])
-                    .sum::<f64>()
-            }));
+            for i in 0..head_dim {
+                let shares = visible.iter().zip(&probabilities);
+                row.push(shares.map(|(&key, share)| share * values[key][kv_head][i]).sum());
+            }
         }
         attended.push(row);
     }

@@ -71,21 +71,18 @@ pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input:
     }
 
     let scale = scale(config, nope + rope);
-    let mut attended = Vec::new();
-    for token in 0..input.len() {
+    let mut attended: Rows = Vec::new();
+    for (token, queries) in query_heads.iter().enumerate() {
         let mut row = Vec::new();
-        for head in 0..heads {
+        for (head, query) in queries.iter().enumerate() {
             let scores: Vec<f64> = (0..=token)
-                .map(|key| scale * dot(&query_heads[token][head], &key_heads[key][head]))
+                .map(|key| scale * dot(query, &key_heads[key][head]))
                 .collect();
             let probabilities = softmax(&scores);
-            row.extend((0..value_dim).map(|i| {
-                probabilities
-                    .iter()
-                    .enumerate()
-                    .map(|(key, p)| p * value_heads[key][head][i])
-                    .sum::<f64>()
-            }));
+            for i in 0..value_dim {
+                let shares = probabilities.iter().enumerate();
+                row.push(shares.map(|(key, share)| share * value_heads[key][head][i]).sum());
+            }
         }
         attended.push(row);
     }

@@ -51,10 +51,9 @@ impl TensorValues {
     /// Fills `out` with the elements from `first` on, which is a multiple of [`ELEMENTS_PER_NUMBER`].
     pub(super) fn fill(&self, first: usize, out: &mut [u8]) {
         debug_assert!(first.is_multiple_of(ELEMENTS_PER_NUMBER));
-        let mut counter = (first / ELEMENTS_PER_NUMBER) as u64;
-        for pair in out.chunks_mut(ELEMENTS_PER_NUMBER * self.element_bytes) {
+        let counters = (first / ELEMENTS_PER_NUMBER) as u64..;
+        for (counter, pair) in counters.zip(out.chunks_mut(ELEMENTS_PER_NUMBER * self.element_bytes)) {
             let mut number = scramble(self.key.wrapping_add(counter.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-            counter += 1;
             for element in pair.chunks_exact_mut(self.element_bytes) {
                 let level = &self.levels[sum_of_bytes(number as u32)];
                 element.copy_from_slice(&level[..self.element_bytes]);

@@ -19,7 +19,10 @@ use crate::{
 
 /// Runs the command.
 pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
-    let role = RoleFlags { workers: args.workers, ..RoleFlags::default() };
+    let role = RoleFlags {
+        workers: args.workers,
+        ..RoleFlags::default()
+    };
     let mut settings = Settings::load(&args.serving, &role)?;
     super::start_logging(&mut settings, "warn")?;
     let batch = Batch::read(&args.inputs)?;
@@ -44,11 +47,17 @@ impl Batch {
     fn read(path: &Path) -> anyhow::Result<Self> {
         let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
         let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{}", path.display()))?;
-        let ids = tensors.tensor("input_ids").with_context(|| format!("{}: input_ids", path.display()))?;
+        let ids = tensors
+            .tensor("input_ids")
+            .with_context(|| format!("{}: input_ids", path.display()))?;
         let &[sequences, length] = ids.shape() else {
             bail!("input_ids: wanted shape [batch, sequence], found {:?}", ids.shape());
         };
-        ensure!(sequences > 0 && length > 0, "input_ids: wanted at least one token, found shape {:?}", ids.shape());
+        ensure!(
+            sequences > 0 && length > 0,
+            "input_ids: wanted at least one token, found shape {:?}",
+            ids.shape()
+        );
         let token_ids = integers("input_ids", &ids)?
             .into_iter()
             .map(|id| u32::try_from(id).with_context(|| format!("input_ids: wanted token ids, found {id}")))
@@ -62,14 +71,28 @@ impl Batch {
                     mask.shape()
                 );
                 let mask = integers("attention_mask", &mask)?;
-                mask.chunks(length).enumerate().map(valid_run).collect::<anyhow::Result<_>>()?
+                mask.chunks(length)
+                    .enumerate()
+                    .map(valid_run)
+                    .collect::<anyhow::Result<_>>()?
             }
             Err(_) => vec![0..length; sequences],
         };
-        Ok(Batch { sequences, length, token_ids, valid })
+        Ok(Batch {
+            sequences,
+            length,
+            token_ids,
+            valid,
+        })
     }
 
-    fn check_ids(&self, config: &ModelConfig) -> anyhow::Result<()> {
+    fn check(&self, config: &ModelConfig) -> anyhow::Result<()> {
+        ensure!(
+            self.length <= config.max_position_embeddings,
+            "input_ids: wanted at most the {} positions that the checkpoint supports, found {}",
+            config.max_position_embeddings,
+            self.length
+        );
         for (sequence, valid) in self.valid.iter().enumerate() {
             for position in valid.clone() {
                 let id = self.token_ids[sequence * self.length + position];
@@ -102,10 +125,16 @@ fn integers(name: &str, tensor: &TensorView<'_>) -> anyhow::Result<Vec<i64>> {
 /// The one run of ones of a row of the mask.
 fn valid_run((row, mask): (usize, &[i64])) -> anyhow::Result<Range<usize>> {
     if let Some(position) = mask.iter().position(|value| ![0, 1].contains(value)) {
-        bail!("attention_mask[{row}, {position}]: wanted 0 or 1, found {}", mask[position]);
+        bail!(
+            "attention_mask[{row}, {position}]: wanted 0 or 1, found {}",
+            mask[position]
+        );
     }
     let first = mask.iter().position(|&value| value == 1).unwrap_or(0);
-    let end = mask.iter().rposition(|&value| value == 1).map_or(first, |last| last + 1);
+    let end = mask
+        .iter()
+        .rposition(|&value| value == 1)
+        .map_or(first, |last| last + 1);
     if let Some(hole) = (first..end).find(|&position| mask[position] == 0) {
         bail!("attention_mask[{row}]: wanted one run of ones (padding left and right only), found a 0 at {hole}");
     }
@@ -177,7 +206,11 @@ impl Recorder<'_> {
 
 impl Capture for Recorder<'_> {
     fn moe(&mut self, layer: LayerId, input: &MoeInput, output: &Array2<f32>) {
-        let j = self.moe_layers.iter().position(|&other| other == layer).expect("only MoE layers are captured here");
+        let j = self
+            .moe_layers
+            .iter()
+            .position(|&other| other == layer)
+            .expect("only MoE layers are captured here");
         self.floats(format!("moe.{j}.input"), &input.hidden_states);
         self.floats(format!("moe.{j}.output"), output);
         self.floats(format!("moe.{j}.router_logits"), &input.router_logits);
@@ -191,11 +224,15 @@ impl Capture for Recorder<'_> {
                 .collect();
             experts.sort_by_key(|&(expert, _)| expert);
             let room = place * top_k..(place + 1) * top_k;
-            let ids = self.outputs.integer_rows(self.batch, format!("moe.{j}.topk_ids"), top_k);
+            let ids = self
+                .outputs
+                .integer_rows(self.batch, format!("moe.{j}.topk_ids"), top_k);
             for (to, &(expert, _)) in ids[room.clone()].iter_mut().zip(&experts) {
                 *to = expert.into();
             }
-            let weights = self.outputs.float_rows(self.batch, format!("moe.{j}.topk_weights"), top_k);
+            let weights = self
+                .outputs
+                .float_rows(self.batch, format!("moe.{j}.topk_weights"), top_k);
             for (to, &(_, weight)) in weights[room].iter_mut().zip(&experts) {
                 *to = weight;
             }
@@ -210,7 +247,7 @@ impl Capture for Recorder<'_> {
 /// Runs every sequence in chunks of at most `max_batch_tokens` rows; which rows share a chunk changes no bit.
 fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool) -> anyhow::Result<Outputs> {
     let model = &experts.model;
-    batch.check_ids(model.config())?;
+    batch.check(model.config())?;
     let pages_each = batch.length.div_ceil(KV_PAGE_TOKENS);
     let mut kv = KvCache::new(model.config(), pages_each * batch.sequences);
     let pages: Vec<u32> = (0..u32::try_from(pages_each * batch.sequences)?).collect();
@@ -236,7 +273,12 @@ fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool)
                 rope_length: batch.length,
             });
         }
-        let mut recorder = Recorder { outputs: &mut outputs, batch, places, moe_layers: &moe_layers };
+        let mut recorder = Recorder {
+            outputs: &mut outputs,
+            batch,
+            places,
+            moe_layers: &moe_layers,
+        };
         let step = Step { sequences: &sequences };
         let hidden_states = forward_step(
             &experts.pool,
@@ -293,11 +335,23 @@ mod tests {
     #[test]
     fn chunks_cover_every_valid_position_once_in_order() {
         for max_rows in 1..12 {
-            let batch = Batch { sequences: 3, length: 7, token_ids: vec![0; 21], valid: vec![0..7, 2..2, 3..6] };
+            let batch = Batch {
+                sequences: 3,
+                length: 7,
+                token_ids: vec![0; 21],
+                valid: vec![0..7, 2..2, 3..6],
+            };
             let steps = chunks(&batch, max_rows);
-            assert!(steps.iter().all(|step| step.iter().map(|(_, run)| run.len()).sum::<usize>() <= max_rows));
-            let seen: Vec<_> =
-                steps.iter().flatten().flat_map(|(sequence, run)| run.clone().map(|p| (*sequence, p))).collect();
+            assert!(
+                steps
+                    .iter()
+                    .all(|step| step.iter().map(|(_, run)| run.len()).sum::<usize>() <= max_rows)
+            );
+            let seen: Vec<_> = steps
+                .iter()
+                .flatten()
+                .flat_map(|(sequence, run)| run.clone().map(|p| (*sequence, p)))
+                .collect();
             let wanted: Vec<_> = (0..7).map(|p| (0, p)).chain((3..6).map(|p| (2, p))).collect();
             assert_eq!(seen, wanted, "{max_rows} rows");
         }

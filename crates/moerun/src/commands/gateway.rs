@@ -14,13 +14,21 @@ use crate::{
 
 /// Runs `moerun serve`.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
-    let role = RoleFlags { workers: args.workers, grpc_addr: args.grpc_addr.clone(), ..RoleFlags::default() };
+    let role = RoleFlags {
+        workers: args.workers,
+        grpc_addr: args.grpc_addr.clone(),
+        ..RoleFlags::default()
+    };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::start)
 }
 
 /// Runs `moerun gateway`.
 pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<()> {
-    let role = RoleFlags { worker: args.worker.clone(), grpc_addr: args.grpc_addr.clone(), ..RoleFlags::default() };
+    let role = RoleFlags {
+        worker: args.worker.clone(),
+        grpc_addr: args.grpc_addr.clone(),
+        ..RoleFlags::default()
+    };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::connect)
 }
 
@@ -30,13 +38,19 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
     // The address is taken before anything large is read, so that a port in use is said at once.
     let address = &settings.grpc_addr;
-    let listener =
-        runtime.block_on(TcpListener::bind(address)).with_context(|| format!("grpc_addr: cannot listen on {address}"))?;
+    let listener = runtime
+        .block_on(TcpListener::bind(address))
+        .with_context(|| format!("grpc_addr: cannot listen on {address}"))?;
     let bound = listener.local_addr().context("grpc_addr")?;
     let serving = Serving::start(&settings, start(&settings)?)?;
     runtime.block_on(async {
         let drain = CancellationToken::new();
-        let door = grpc::serve(listener, serving.gateway.clone(), ServeSettings::default(), drain.clone());
+        let door = grpc::serve(
+            listener,
+            serving.gateway.clone(),
+            ServeSettings::default(),
+            drain.clone(),
+        );
         tokio::pin!(door);
         super::print_ready(bound)?;
         tokio::select! {

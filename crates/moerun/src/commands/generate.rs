@@ -19,7 +19,10 @@ use crate::{
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
-    let role = RoleFlags { workers: args.workers, ..RoleFlags::default() };
+    let role = RoleFlags {
+        workers: args.workers,
+        ..RoleFlags::default()
+    };
     let mut settings = Settings::load(&args.serving, &role)?;
     super::start_logging(&mut settings, "warn")?;
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
@@ -58,9 +61,10 @@ fn reason_name(reason: FinishReason) -> &'static str {
 async fn ask_here(serving: &Serving, args: &GenerateArgs) -> anyhow::Result<impl Stream<Item = anyhow::Result<Piece>>> {
     let prompt = match (&args.prompt_ids, &args.prompt) {
         (Some(ids), _) => Prompt::TokenIds(ids.clone()),
-        (None, Some(text)) if args.chat => {
-            Prompt::Chat(vec![ChatMessage { role: "user".to_owned(), content: text.clone() }])
-        }
+        (None, Some(text)) if args.chat => Prompt::Chat(vec![ChatMessage {
+            role: "user".to_owned(),
+            content: text.clone(),
+        }]),
         (None, text) => Prompt::Text(text.clone().unwrap_or_default()),
     };
     let sampling = SamplingOverrides {
@@ -84,7 +88,9 @@ async fn ask_here(serving: &Serving, args: &GenerateArgs) -> anyhow::Result<impl
         Ok(Piece {
             token_ids: vec![event.token_id],
             text: event.text,
-            finish: event.finish.map(|finish| (reason_name(finish.reason), finish.prompt_tokens)),
+            finish: event
+                .finish
+                .map(|finish| (reason_name(finish.reason), finish.prompt_tokens)),
         })
     }))
 }
@@ -96,11 +102,17 @@ async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl 
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))
         .with_context(|| format!("--connect: wanted HOST:PORT, found {address:?}"))?
         .connect_timeout(Duration::from_secs(5));
-    let channel = endpoint.connect().await.with_context(|| format!("--connect: no gateway answers at {address}"))?;
+    let channel = endpoint
+        .connect()
+        .await
+        .with_context(|| format!("--connect: no gateway answers at {address}"))?;
     let prompt = match (&args.prompt_ids, &args.prompt) {
         (Some(ids), _) => generate_request::Prompt::TokenIds(v1::TokenIds { ids: ids.clone() }),
         (None, Some(text)) if args.chat => generate_request::Prompt::Chat(v1::Chat {
-            messages: vec![v1::ChatMessage { role: "user".to_owned(), content: text.clone() }],
+            messages: vec![v1::ChatMessage {
+                role: "user".to_owned(),
+                content: text.clone(),
+            }],
         }),
         (None, text) => generate_request::Prompt::Text(text.clone().unwrap_or_default()),
     };
@@ -120,7 +132,11 @@ async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl 
         ..v1::GenerateRequest::default()
     };
     let refused = |status: tonic::Status| anyhow::anyhow!("{} ({:?})", status.message(), status.code());
-    let answer = InferenceServiceClient::new(channel).generate(request).await.map_err(refused)?.into_inner();
+    let answer = InferenceServiceClient::new(channel)
+        .generate(request)
+        .await
+        .map_err(refused)?
+        .into_inner();
     Ok(answer.map(move |response| {
         let response = response.map_err(refused)?;
         let prompt_tokens = response.usage.map_or(0, |usage| usage.prompt_tokens as usize);
@@ -129,7 +145,11 @@ async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl 
             v1::FinishReason::Length => Some(("length", prompt_tokens)),
             v1::FinishReason::Unspecified => None,
         };
-        Ok(Piece { token_ids: response.token_ids, text: response.text_delta, finish })
+        Ok(Piece {
+            token_ids: response.token_ids,
+            text: response.text_delta,
+            finish,
+        })
     }))
 }
 
@@ -157,7 +177,12 @@ async fn print(
         }
     }
     let (reason, prompt_tokens) = finish.context("the answer ended without a reason")?;
-    let timings = Timings::new(loaded, first_token.unwrap_or_default(), begun.elapsed(), token_ids.len());
+    let timings = Timings::new(
+        loaded,
+        first_token.unwrap_or_default(),
+        begun.elapsed(),
+        token_ids.len(),
+    );
     if args.json {
         let answer = json!({
             "text": text,
@@ -179,7 +204,9 @@ async fn print(
             token_ids.len(),
             timings.load.as_secs_f64(),
             timings.first_token.as_secs_f64(),
-            timings.decode_rate.map_or_else(String::new, |rate| format!(", then {rate:.1} tokens/s")),
+            timings
+                .decode_rate
+                .map_or_else(String::new, |rate| format!(", then {rate:.1} tokens/s")),
         );
     }
     Ok(())
@@ -198,6 +225,11 @@ impl Timings {
     fn new(load: Duration, first_token: Duration, total: Duration, tokens: usize) -> Self {
         let decoding = total.saturating_sub(first_token).as_secs_f64();
         let decode_rate = (tokens > 1 && decoding > 0.0).then(|| (tokens - 1) as f64 / decoding);
-        Timings { load, first_token, total, decode_rate }
+        Timings {
+            load,
+            first_token,
+            total,
+            decode_rate,
+        }
     }
 }

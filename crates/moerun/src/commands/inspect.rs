@@ -16,8 +16,12 @@ const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     init_telemetry(LogFormat::Text, "warn")?;
     // Only the config and the headers are read, and either part may be absent: a gateway's copy can be inspected too.
-    let checkpoint = Checkpoint::open(&args.model, Needs::GatewayOnly)
-        .or_else(|error| Checkpoint::open(&args.model, Needs::ExpertsOnly).map_err(|_| error))?;
+    let checkpoint = Checkpoint::open(&args.model, Needs::All).or_else(|error| {
+        [Needs::GatewayOnly, Needs::ExpertsOnly]
+            .into_iter()
+            .find_map(|needs| Checkpoint::open(&args.model, needs).ok())
+            .ok_or(error)
+    })?;
     let mut stdout = io::stdout().lock();
     if args.json {
         writeln!(stdout, "{:#}", as_json(&checkpoint))?;
@@ -62,6 +66,7 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
         },
         "memory": memory,
         "has_all_experts": has_all_experts(checkpoint),
+        "has_all_others": checkpoint.dense_header_hash().is_some(),
         "config_hash": checkpoint.config_hash(),
     })
 }
@@ -70,7 +75,7 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
     let config = checkpoint.config();
     let parameters = ParameterCounts::of(config);
     let mut lines = vec![
-        ("family".to_owned(), serde_name(&config.family)),
+        ("family".to_owned(), config.family.model_type().to_owned()),
         (
             "sizes".to_owned(),
             format!(
@@ -87,27 +92,60 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
         let layers = config.moe_layers();
         lines.push((
             "experts".to_owned(),
-            format!("{} of width {} in {} layers, {} per token", moe.num_experts, moe.intermediate, layers.len(), moe.top_k),
+            format!(
+                "{} of width {} in {} layers, {} per token",
+                moe.num_experts,
+                moe.intermediate,
+                layers.len(),
+                moe.top_k
+            ),
         ));
         if let Some(shared) = &moe.shared {
-            let gated = if shared.sigmoid_gate { ", with a gate of its own" } else { "" };
-            lines.push(("shared experts".to_owned(), format!("width {}{gated}", shared.intermediate)));
+            let gated = if shared.sigmoid_gate {
+                ", with a gate of its own"
+            } else {
+                ""
+            };
+            lines.push((
+                "shared experts".to_owned(),
+                format!("width {}{gated}", shared.intermediate),
+            ));
         }
         lines.push(("gate".to_owned(), format!("{:?}", moe.gate)));
     }
     lines.push((
         "parameters".to_owned(),
-        format!("{} in all, {} active per token", millions(parameters.total), millions(parameters.active)),
+        format!(
+            "{} in all, {} active per token",
+            millions(parameters.total),
+            millions(parameters.active)
+        ),
     ));
-    lines.push(("stored as".to_owned(), format!("{} (default of --weights)", checkpoint.default_format())));
+    lines.push((
+        "stored as".to_owned(),
+        format!("{} (default of --weights)", checkpoint.default_format()),
+    ));
     if !has_all_experts(checkpoint) {
-        lines.push(("expert tensors".to_owned(), "not all here: a gateway's copy".to_owned()));
+        lines.push((
+            "expert tensors".to_owned(),
+            "not all here: a copy for gateways with workers".to_owned(),
+        ));
+    }
+    if checkpoint.dense_header_hash().is_none() {
+        lines.push((
+            "other tensors".to_owned(),
+            "not all here: a copy for workers".to_owned(),
+        ));
     }
     for format in FORMATS {
         let need = MemoryNeed::of(config, format);
         let experts = match need.all_experts_bytes {
             0 => String::new(),
-            all => format!("; workers {} ({} an expert)", ByteSize(all), ByteSize(need.expert_bytes)),
+            all => format!(
+                "; workers {} ({} an expert)",
+                ByteSize(all),
+                ByteSize(need.expert_bytes)
+            ),
         };
         lines.push((
             format!("memory in {format}"),
@@ -122,10 +160,6 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
     lines
 }
 
-fn serde_name(value: &impl serde::Serialize) -> String {
-    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
 fn millions(count: u64) -> String {
     match count {
         0..10_000_000_000 => format!("{:.1} M", count as f64 / 1e6),
@@ -136,14 +170,28 @@ fn millions(count: u64) -> String {
 fn attention(config: &ModelConfig) -> String {
     let kind = match &config.attention {
         AttentionConfig::Grouped(grouped) => {
-            format!("{} heads over {} key/value heads of {}", grouped.num_heads, grouped.num_kv_heads, grouped.head_dim)
+            format!(
+                "{} heads over {} key/value heads of {}",
+                grouped.num_heads, grouped.num_kv_heads, grouped.head_dim
+            )
         }
         AttentionConfig::Latent(latent) => {
-            format!("{} heads over a latent of {} + {}", latent.num_heads, latent.kv_lora_rank, latent.qk_rope_head_dim)
+            format!(
+                "{} heads over a latent of {} + {}",
+                latent.num_heads, latent.kv_lora_rank, latent.qk_rope_head_dim
+            )
         }
     };
-    let windowed = config.layers.iter().filter(|layer| layer.mask != AttentionMask::Full).count();
-    let dense = config.layers.iter().filter(|layer| layer.feed_forward != FeedForwardKind::Moe).count();
+    let windowed = config
+        .layers
+        .iter()
+        .filter(|layer| layer.mask != AttentionMask::Full)
+        .count();
+    let dense = config
+        .layers
+        .iter()
+        .filter(|layer| layer.feed_forward != FeedForwardKind::Moe)
+        .count();
     let mut text = kind;
     if windowed > 0 {
         text.push_str(&format!("; {windowed} layers with windows or chunks"));

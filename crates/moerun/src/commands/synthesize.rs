@@ -75,7 +75,9 @@ fn shape(name: &str) -> anyhow::Result<&'static Shape> {
 fn interrupted_by_signals() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let shutdown = Shutdown::on_signals().context("signals")?;
-    let runtime = tokio::runtime::Builder::new_current_thread().build().context("async runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .context("async runtime")?;
     let flag = Arc::clone(&interrupted);
     thread::spawn(move || {
         runtime.block_on(shutdown.draining());
