@@ -51,10 +51,14 @@ pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input:
                 .collect();
             scores.extend(sinks.map(|sinks| sinks[head]));
             let probabilities = softmax(&scores); // a sink's share comes last and meets no value
-            for i in 0..head_dim {
-                let shares = visible.iter().zip(&probabilities);
-                row.push(shares.map(|(&key, share)| share * values[key][kv_head][i]).sum());
+            let mut output = vec![0.0; head_dim];
+            for (&key, share) in visible.iter().zip(&probabilities) {
+                output
+                    .iter_mut()
+                    .zip(&values[key][kv_head])
+                    .for_each(|(sum, value)| *sum += share * value);
             }
+            row.extend(output);
         }
         attended.push(row);
     }

@@ -79,10 +79,14 @@ pub(crate) fn attention(config: &Config, weights: &Weights, layer: usize, input:
                 .map(|key| scale * dot(query, &key_heads[key][head]))
                 .collect();
             let probabilities = softmax(&scores);
-            for i in 0..value_dim {
-                let shares = probabilities.iter().enumerate();
-                row.push(shares.map(|(key, share)| share * value_heads[key][head][i]).sum());
+            let mut output = vec![0.0; value_dim];
+            for (values, share) in value_heads.iter().zip(&probabilities) {
+                output
+                    .iter_mut()
+                    .zip(&values[head])
+                    .for_each(|(sum, value)| *sum += share * value);
             }
+            row.extend(output);
         }
         attended.push(row);
     }

@@ -180,7 +180,7 @@ fn mxfp4_checkpoint() -> tempfile::TempDir {
 /// Element `index` of group `group` of the tensors above.
 fn mxfp4(group: usize, index: usize) -> f32 {
     let byte = (group * 16 + index / 2) * 7 % 256;
-    let code = if index % 2 == 0 { byte % 16 } else { byte / 16 };
+    let code = if index.is_multiple_of(2) { byte % 16 } else { byte / 16 };
     let magnitude = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][code % 8];
     let sign = if code < 8 { 1.0 } else { -1.0 };
     sign * magnitude * 2f32.powi(120 + (group % 10) as i32 - 127)
