@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use moerun_tests::{Golden, Server, golden_dir, run, run_for};
+use moerun_tests::{Golden, Server, golden_dir, run, run_for, run_with};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -215,10 +215,27 @@ fn settings_come_from_flags_then_environment_then_file() {
         "--ignore-eos",
         "--json",
     ];
-    let answer = json(&run(&args).ok());
-    let tokens =
-        answer["prompt_tokens"].as_u64().expect("a count") + answer["token_ids"].as_array().expect("ids").len() as u64;
-    assert_eq!(tokens, 48, "max_context of the file bounds prompt and answer: {answer}");
+    // The answer fills the context, so that its length tells whose max_context holds.
+    let context = |variables: &[(&str, &str)], extra: &[&str]| {
+        let answer = json(&run_with(variables, &[&args[..], extra].concat()).ok());
+        let generated = answer["token_ids"].as_array().expect("ids").len() as u64;
+        answer["prompt_tokens"].as_u64().expect("a count") + generated
+    };
+    let environment = [("MOERUN_MAX_CONTEXT", "40")];
+    assert_eq!(context(&[], &[]), 48, "the file");
+    assert_eq!(context(&environment, &[]), 40, "the environment before the file");
+    assert_eq!(
+        context(&environment, &["--max-context", "32"]),
+        32,
+        "the flag before both"
+    );
+    let error = run_with(&[("MOERUN_MAX_CONTEXT", "much")], &args).failed(2);
+    assert!(
+        error.contains("MOERUN_MAX_CONTEXT") && error.contains("much"),
+        "{error}"
+    );
+    let error = run_with(&[("MOERUN_ISA", "abacus")], &args).failed(2);
+    assert!(error.contains("abacus"), "{error}");
     fs::write(&file, "max_contxt = 48\n").expect("writable");
     let error = run(&["generate", "--config", config, "--prompt", "God"]).failed(2);
     assert!(error.contains("max_contxt"), "{error}");

@@ -24,15 +24,38 @@ fn forward(model: &Path, inputs: &Path, out: &Path, extra: &[&str]) -> Vec<u8> {
     fs::read(out).expect("forward writes its output")
 }
 
+/// Tensors of the golden files that a forward pass does not compute.
+const INPUTS_AND_ANSWERS: [&str; 4] = ["input_ids", "attention_mask", "greedy_ids", "greedy_margin"];
+
+/// Names and types of a file's tensors, in the order of their data.
+fn names_and_types(path: &Path) -> Vec<(String, String)> {
+    let bytes = fs::read(path).expect("readable");
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+    let mut tensors: Vec<_> = header.into_iter().filter(|(name, _)| name != "__metadata__").collect();
+    tensors.sort_by_key(|(_, entry)| entry["data_offsets"][0].as_u64());
+    tensors
+        .into_iter()
+        .map(|(name, entry)| (name, entry["dtype"].as_str().expect("a type").to_owned()))
+        .collect()
+}
+
 fn compare_with_golden(golden: &Golden, out: &Path) {
+    let golden_file = golden.dir.join("golden.safetensors");
+    let wanted: Vec<_> = names_and_types(&golden_file)
+        .into_iter()
+        .filter(|(name, _)| !INPUTS_AND_ANSWERS.contains(&name.as_str()))
+        .collect();
+    assert_eq!(
+        names_and_types(out),
+        wanted,
+        "{}: names, types and order",
+        golden.family
+    );
     let found = read_tensors(out);
     let valid = golden.valid();
-    let compared = ["input_ids", "attention_mask", "greedy_ids", "greedy_margin"];
-    for (name, (shape, wanted)) in golden
-        .tensors
-        .iter()
-        .filter(|(name, _)| !compared.contains(&name.as_str()))
-    {
+    let computed = |name: &str| !INPUTS_AND_ANSWERS.contains(&name);
+    for (name, (shape, wanted)) in golden.tensors.iter().filter(|(name, _)| computed(name)) {
         let (found_shape, values) = found
             .get(name)
             .unwrap_or_else(|| panic!("{}: no {name}", golden.family));

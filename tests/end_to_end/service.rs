@@ -293,10 +293,52 @@ fn a_foreign_client_generates_and_runs_layers_through_reflection() {
 }
 
 #[test]
-fn sigterm_drains_and_a_second_one_stops() {
+fn sigterm_ends_an_idle_server_well() {
     let mut server = serve("olmoe", &["--workers", "2"]);
     server.terminate();
     assert_eq!(server.wait(Duration::from_secs(20)), Some(0));
+}
+
+/// A client that does not read keeps its request unfinished, however fast the model is.
+#[tokio::test]
+async fn a_second_sigterm_ends_a_server_that_drains_with_143() {
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-bible-moe");
+    let model = model.to_str().expect("a plain path");
+    let mut server = Server::start(&[
+        "serve",
+        "--model",
+        model,
+        "--workers",
+        "2",
+        "--grpc-addr",
+        "127.0.0.1:0",
+    ]);
+    let mut client = connect(&server).await;
+    let mut request = greedy(&[1, 45, 82], 1000);
+    request.logprobs = Some(20);
+    let mut stream = client.generate(request).await.expect("accepted").into_inner();
+    stream.message().await.expect("no error").expect("a token");
+    server.terminate();
+    server.wait_for_log("draining");
+    let refused = client
+        .generate(greedy(&[1], 1))
+        .await
+        .expect_err("nothing new while draining");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    server.terminate();
+    assert_eq!(server.wait(Duration::from_secs(20)), Some(143));
+}
+
+/// It would wait for its worker for minutes.
+#[test]
+fn a_signal_ends_a_gateway_that_is_not_ready_yet() {
+    let dir = golden_dir("olmoe");
+    let nobody = format!("127.0.0.1:{}", moerun_tests::free_port());
+    let args = ["gateway", "--grpc-addr", "127.0.0.1:0", "--worker", &nobody, "--model"];
+    let mut gateway = Server::spawn(&[&args[..], &[dir.to_str().expect("a plain path")]].concat());
+    gateway.wait_for_log("waiting");
+    gateway.terminate();
+    assert_eq!(gateway.wait(Duration::from_secs(20)), Some(143));
 }
 
 #[tokio::test]

@@ -75,8 +75,18 @@ pub fn run<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Finished {
 
 /// Runs `moerun` with `args` to its end, or kills it (and the test) after `timeout`.
 pub fn run_for<S: AsRef<std::ffi::OsStr>>(args: &[S], timeout: Duration) -> Finished {
+    run_in(&[], args, timeout)
+}
+
+/// Runs `moerun` with `args` and more `variables` in its environment.
+pub fn run_with<S: AsRef<std::ffi::OsStr>>(variables: &[(&str, &str)], args: &[S]) -> Finished {
+    run_in(variables, args, COMMAND_TIMEOUT)
+}
+
+fn run_in<S: AsRef<std::ffi::OsStr>>(variables: &[(&str, &str)], args: &[S], timeout: Duration) -> Finished {
     let mut child = Command::new(moerun())
         .args(args)
+        .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -130,7 +140,7 @@ pub struct Server {
     _stdin: ChildStdin,
     /// The address of its `ready grpc=…` line.
     pub addr: String,
-    stderr: mpsc::Receiver<String>,
+    stderr: Lines,
 }
 
 impl Server {
@@ -143,18 +153,20 @@ impl Server {
         }
     }
 
+    /// Starts `moerun` with `args` and waits for nothing: its address is not known.
+    pub fn spawn<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Server {
+        let (child, stdin, _, stderr) = spawn(args);
+        Server {
+            child,
+            _stdin: stdin,
+            addr: "an address not waited for".to_owned(),
+            stderr,
+        }
+    }
+
     /// Starts `moerun` with `args`; if it ends without a ready line, says what it left.
     pub fn try_start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Result<Server, Finished> {
-        let mut child = Command::new(moerun())
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary starts");
-        let stdin = child.stdin.take().expect("piped");
-        let stdout = lines(child.stdout.take().expect("piped"));
-        let stderr = lines(child.stderr.take().expect("piped"));
+        let (mut child, stdin, stdout, stderr) = spawn(args);
         let first = stdout.recv_timeout(COMMAND_TIMEOUT);
         match first.ok().as_deref().and_then(|line| line.strip_prefix("ready grpc=")) {
             Some(addr) => Ok(Server {
@@ -214,6 +226,23 @@ impl Server {
         }
     }
 
+    /// Waits for a log line with `words`.
+    #[track_caller]
+    pub fn wait_for_log(&self, words: &str) {
+        let deadline = Instant::now() + COMMAND_TIMEOUT;
+        let mut seen = Vec::new();
+        loop {
+            match self
+                .stderr
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) if line.contains(words) => return,
+                Ok(line) => seen.push(line),
+                Err(_) => panic!("no log line with {words:?}: {}", seen.join("\n")),
+            }
+        }
+    }
+
     /// Log lines so far.
     pub fn log(&self) -> String {
         self.stderr.try_iter().collect::<Vec<_>>().join("\n")
@@ -229,7 +258,24 @@ impl Drop for Server {
     }
 }
 
-fn lines(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+type Lines = mpsc::Receiver<String>;
+
+/// A process with its standard input, and the lines of its standard output and error.
+fn spawn<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> (Child, ChildStdin, Lines, Lines) {
+    let mut child = Command::new(moerun())
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let stdin = child.stdin.take().expect("piped");
+    let stdout = lines(child.stdout.take().expect("piped"));
+    let stderr = lines(child.stderr.take().expect("piped"));
+    (child, stdin, stdout, stderr)
+}
+
+fn lines(stream: impl Read + Send + 'static) -> Lines {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tonic::Streaming;
 
-use crate::session::Session;
+use crate::session::{Session, describe};
 
 /// An answer, or the end of the connection it would have come on.
 #[derive(Debug)]
@@ -92,6 +92,13 @@ impl Link {
         }
     }
 
+    /// Says anew why it is down; the last attempt to bring it up tells more than what ended it.
+    pub(crate) fn still_down(&self, why: String) {
+        if let Connection::Down { reason } = &mut self.state.lock().connection {
+            *reason = why;
+        }
+    }
+
     /// Adds a waiter before its request is sent; returns the request's id and where to send it, or why it is down.
     pub(crate) fn register(&self, waiter: Waiter) -> Result<(u64, mpsc::Sender<v1::ExecuteRequest>), String> {
         let mut state = self.state.lock();
@@ -166,7 +173,7 @@ impl Connected {
                     }
                 }
                 Ok(None) => break "the worker ended the stream".to_owned(),
-                Err(status) => break format!("{:?}: {}", status.code(), status.message()),
+                Err(status) => break describe(&status),
             }
         };
         self.reason.clone()

@@ -349,13 +349,15 @@ async fn keep_connected(
     loop {
         let reason = connected.run().await;
         tracing::warn!(worker = link.worker(), "worker is gone: {reason}");
-        let session = reconnect(link.worker(), &endpoint, &admission, &announced).await;
+        let session = reconnect(&link, &endpoint, &admission, &announced).await;
         connected = link.connect(session);
         tracing::info!(worker = link.worker(), "worker is back");
     }
 }
 
-async fn reconnect(worker: &str, endpoint: &Endpoint, admission: &Arc<Admission>, held: &[HeldExpert]) -> Session {
+/// Tries until it succeeds; meanwhile the link says what the last attempt met.
+async fn reconnect(link: &Link, endpoint: &Endpoint, admission: &Arc<Admission>, held: &[HeldExpert]) -> Session {
+    let worker = link.worker();
     let mut pause = FIRST_RECONNECT;
     let mut last_refusal = String::new();
     loop {
@@ -367,13 +369,17 @@ async fn reconnect(worker: &str, endpoint: &Endpoint, admission: &Arc<Admission>
         });
         match opened {
             Ok(session) => return session,
-            Err(SessionError::NotYet(reason)) => tracing::debug!(worker, "still gone: {reason}"),
+            Err(SessionError::NotYet(reason)) => {
+                tracing::debug!(worker, "still gone: {reason}");
+                link.still_down(reason);
+            }
             Err(SessionError::Refused(error)) => {
                 let refusal = error.to_string();
                 if refusal != last_refusal {
                     tracing::error!(worker, "what came back is not what went away: {refusal}");
-                    last_refusal = refusal;
+                    last_refusal.clone_from(&refusal);
                 }
+                link.still_down(refusal);
             }
         }
     }

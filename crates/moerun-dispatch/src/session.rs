@@ -1,6 +1,6 @@
 //! From an address to an admitted worker with an open stream.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use moerun_proto::{
     CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION,
@@ -133,7 +133,7 @@ async fn admit(
 }
 
 fn refusal(worker: &str, status: &Status) -> SessionError {
-    let message = format!("{:?}: {}", status.code(), status.message());
+    let message = describe(status);
     match status.code() {
         // Another protocol, another kind of server, or a message that is beyond the limits: waiting will not help.
         Code::FailedPrecondition | Code::Unimplemented | Code::OutOfRange => {
@@ -146,8 +146,22 @@ fn refusal(worker: &str, status: &Status) -> SessionError {
     }
 }
 
+/// Code and message of a status, and what lies behind it: "connection reset" says more than "h2 protocol error". A server
+/// that does not know the call at all sends a code alone.
+pub(crate) fn describe(status: &Status) -> String {
+    let code = format!("{:?}", status.code());
+    let mut text = match status.message() {
+        "" => code,
+        message => format!("{code}: {message}"),
+    };
+    if let Some(source) = status.source() {
+        text = format!("{text}: {}", with_sources(source));
+    }
+    text
+}
+
 /// tonic's transport errors say little by themselves.
-fn with_sources(error: &dyn std::error::Error) -> String {
+fn with_sources(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

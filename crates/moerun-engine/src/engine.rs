@@ -26,7 +26,8 @@ pub struct EngineConfig {
     /// Most rows in one forward pass, prefill and decode together; at least 1. About three quarters of it is also the
     /// most sequences that run at one time.
     pub max_batch_tokens: usize,
-    /// Most requests that wait to start, at least 1; one more is refused.
+    /// Most requests that wait to start, at least 1; one more is refused. Requests for a MoE block count until they are
+    /// answered.
     pub max_queue: usize,
 }
 

@@ -19,7 +19,8 @@ pub(crate) struct MoeLayerJob {
     /// `[rows, hidden]`: inputs, replaced by outputs up to `rows_done`.
     rows: Array2<f32>,
     rows_done: usize,
-    place: Option<QueuePlace>,
+    /// Kept to the end: jobs take turns, so all that were accepted may be under way, each with its rows.
+    place: QueuePlace,
     reply: RowsReply,
 }
 
@@ -36,7 +37,7 @@ impl MoeLayerJob {
                 layer,
                 rows: hidden_states,
                 rows_done: 0,
-                place: Some(place),
+                place,
                 reply,
             },
             receiver,
@@ -45,7 +46,6 @@ impl MoeLayerJob {
 
     /// Runs the next `max_rows` rows, and answers after the last or on an error. Returns the job if there is more.
     pub(crate) fn run_piece(mut self, compute: &Compute, max_rows: usize) -> Option<Self> {
-        self.place = None;
         let piece = self.rows_done..self.rows.nrows().min(self.rows_done + max_rows);
         let input = self.rows.slice_axis(Axis(0), Slice::from(piece.clone())).to_owned();
         match guarded(AssertUnwindSafe(|| self.run_rows(compute, input))) {
@@ -55,7 +55,7 @@ impl MoeLayerJob {
                 .assign(&output),
             Err(error) => {
                 tracing::warn!(layer = %self.layer, %error, "a request for a MoE block failed");
-                self.reply.send(Err(error));
+                self.answer(Err(error));
                 return None;
             }
         }
@@ -63,8 +63,15 @@ impl MoeLayerJob {
         if self.rows_done < self.rows.nrows() {
             return Some(self);
         }
-        self.reply.send(Ok(self.rows));
+        let rows = std::mem::take(&mut self.rows);
+        self.answer(Ok(rows));
         None
+    }
+
+    /// The place is free before the client knows: it may ask for the next layer at once.
+    fn answer(self, rows: Result<Array2<f32>, EngineError>) {
+        drop(self.place);
+        self.reply.send(rows);
     }
 
     fn run_rows(&self, compute: &Compute, input: Array2<f32>) -> Result<Array2<f32>, EngineError> {

@@ -115,7 +115,8 @@ impl Drop for RowsReply {
     }
 }
 
-/// A place in the queue: counted from the moment the handle accepts a request until it starts, given back on drop.
+/// A place in the queue: counted from the moment the handle accepts a request until it starts (until it is answered, for
+/// rows of a MoE block), given back on drop.
 #[derive(Debug)]
 pub(crate) struct QueuePlace(Arc<AtomicUsize>);
 

@@ -76,6 +76,14 @@ pub enum GatewayError {
         /// Longest sequence, prompt and answer together.
         max_context: usize,
     },
+    /// Other requests' logits, computed and not yet read, take the memory that this request would need.
+    #[error("{wanted_kib} KiB of logits do not fit beside those that others have not read, of {limit_kib} KiB in all")]
+    TooManyLogits {
+        /// What this request would take.
+        wanted_kib: u32,
+        /// What there is for all.
+        limit_kib: u32,
+    },
     /// The engine refused or gave up.
     #[error(transparent)]
     Engine(#[from] EngineError),

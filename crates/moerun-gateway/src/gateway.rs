@@ -8,10 +8,17 @@ use moerun_weights::GenerationConfig;
 use ndarray::Array2;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::{ChatMessage, GatewayError, Generation, Prompt, StopStrings, TextCodec, TextRequest, request::Defaults};
+use crate::{
+    ChatMessage, GatewayError, Generation, LogitsShare, Prompt, StopStrings, TextCodec, TextRequest,
+    logits_room::LogitsRoom, request::Defaults,
+};
 
 /// Most turns of a conversation.
 const MAX_CHAT_MESSAGES: usize = 4096;
+
+/// Most KiB of logits, of all requests together, that clients have asked for and not read to their end; a single request
+/// may take half of it.
+const MAX_LOGITS_KIB: u32 = 2 << 20;
 
 /// What a gateway is made of.
 #[derive(Debug)]
@@ -44,6 +51,7 @@ pub struct Gateway {
     max_prompt_bytes: usize,
     /// Tokenising takes a thread for as long as the text is long; no more run at once than there are processors.
     tokenising: Arc<Semaphore>,
+    logits_room: LogitsRoom,
 }
 
 /// The model that is served.
@@ -68,6 +76,8 @@ pub struct LogitRows {
     pub positions: Vec<usize>,
     /// Their rows, in this order; an error ends the channel.
     pub rows: mpsc::Receiver<Result<Vec<f32>, moerun_engine::EngineError>>,
+    /// The memory they take; keep it as long as the rows.
+    pub share: LogitsShare,
 }
 
 impl Gateway {
@@ -99,6 +109,7 @@ impl Gateway {
             tokenising: Arc::new(Semaphore::new(
                 thread::available_parallelism().map_or(1, NonZeroUsize::get),
             )),
+            logits_room: LogitsRoom::new(MAX_LOGITS_KIB),
         }
     }
 
@@ -182,11 +193,12 @@ impl Gateway {
             }
             Some(_) => {}
         }
+        let share = self.logits_room.take(positions.len(), self.model.config.vocab_size)?;
         let rows = self.engine.forward(ForwardRequest {
             token_ids,
             positions: positions.clone(),
         })?;
-        Ok(LogitRows { positions, rows })
+        Ok(LogitRows { positions, rows, share })
     }
 
     /// One MoE layer, named by its model layer index, on finite rows `[rows, hidden]`: the input of a MoE block to its

@@ -12,10 +12,21 @@ pub enum Exit {
     Failure = 1,
     /// The command line or the configuration makes no sense.
     Usage = 2,
-    /// A second SIGINT cut the drain short.
+    /// A SIGINT before anything had begun, or a second one that cut the drain short.
     Interrupted = 130,
-    /// A second SIGTERM cut the drain short.
+    /// A SIGTERM before anything had begun, or a second one that cut the drain short.
     Terminated = 143,
+}
+
+impl Exit {
+    /// Name of the signal that ends a process so.
+    pub(crate) fn signal(self) -> &'static str {
+        match self {
+            Exit::Interrupted => "SIGINT",
+            Exit::Terminated => "SIGTERM",
+            Exit::Success | Exit::Failure | Exit::Usage => "no signal",
+        }
+    }
 }
 
 impl From<Exit> for ExitCode {

@@ -11,7 +11,7 @@ mod threads;
 
 pub use data_plane::DataPlane;
 pub use exit::Exit;
-pub use progress::LoadProgress;
+pub use progress::{LoadProgress, WARNINGS_AND_PROGRESS};
 pub use shutdown::Shutdown;
 pub use telemetry::{LogFormat, TelemetryError, init_telemetry};
 pub use threads::{available_threads, threads_per_worker};

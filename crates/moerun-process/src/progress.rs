@@ -7,8 +7,11 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Between two log lines.
+/// Between two log lines; what takes no longer than this is done before anyone asks, and is no news.
 const LOG_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Filter that lets the log lines of slow loads through, for commands that otherwise log warnings only.
+pub const WARNINGS_AND_PROGRESS: &str = "warn,moerun_process::progress=info";
 
 /// Progress of one load.
 #[derive(Debug)]
@@ -83,11 +86,11 @@ impl LoadProgress {
         if let Display::Bar(bar) = &self.display {
             bar.finish_and_clear();
         }
-        tracing::info!(
-            total = self.done,
-            seconds = self.begun.elapsed().as_secs_f64(),
-            "{}: done",
-            self.what
-        );
+        let (total, elapsed) = (self.done, self.begun.elapsed());
+        if elapsed >= LOG_INTERVAL {
+            tracing::info!(total, seconds = elapsed.as_secs_f64(), "{}: done", self.what);
+        } else {
+            tracing::debug!(total, seconds = elapsed.as_secs_f64(), "{}: done", self.what);
+        }
     }
 }

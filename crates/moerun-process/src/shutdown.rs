@@ -1,6 +1,16 @@
 //! Two ways down: drain, which finishes what was begun, and stop, which does not.
 
-use std::{io, io::Read, process, thread, time::Duration};
+use std::{
+    io,
+    io::Read,
+    process,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -15,6 +25,10 @@ const STOP_GRACE: Duration = Duration::from_secs(1);
 pub struct Shutdown {
     drain: CancellationToken,
     stop: CancellationToken,
+    /// Whether the process has begun what a drain would finish.
+    begun: Arc<AtomicBool>,
+    /// Set by a second signal.
+    cut_short: Arc<OnceLock<Exit>>,
 }
 
 impl Shutdown {
@@ -24,7 +38,8 @@ impl Shutdown {
     }
 
     /// A shutdown that the first SIGTERM or SIGINT drains and the second stops; a process that has not ended a second
-    /// after that is ended with 143 or 130.
+    /// after that is ended with 143 or 130, which is also what [`Shutdown::exit`] says from then on. Before
+    /// [`Shutdown::begin`] the first signal ends the process so: it may take minutes to load, and nobody waits for it.
     pub fn on_signals() -> io::Result<Self> {
         let shutdown = Self::new();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -36,47 +51,55 @@ impl Shutdown {
         thread::Builder::new()
             .name("moerun-signals".to_owned())
             .spawn(move || {
-                let second = runtime.block_on(async {
-                    tokio::select! {
-                        _ = terminate.recv() => tracing::info!("SIGTERM: draining; a second one stops at once"),
-                        _ = interrupt.recv() => tracing::info!("SIGINT: draining; a second one stops at once"),
-                    }
-                    watched.drain();
-                    tokio::select! {
+                runtime.block_on(async {
+                    let first = tokio::select! {
                         _ = terminate.recv() => Exit::Terminated,
                         _ = interrupt.recv() => Exit::Interrupted,
-                    }
+                    };
+                    watched.end_unless_begun(first);
+                    tracing::info!("{}: draining; a second signal stops at once", first.signal());
+                    watched.drain();
+                    let second = tokio::select! {
+                        _ = terminate.recv() => Exit::Terminated,
+                        _ = interrupt.recv() => Exit::Interrupted,
+                    };
+                    tracing::warn!("{}: stopping at once", second.signal());
+                    watched.cut_short.get_or_init(|| second);
+                    watched.stop();
+                    tokio::time::sleep(STOP_GRACE).await;
+                    process::exit(second as i32);
                 });
-                tracing::warn!("second signal: stopping at once");
-                watched.stop();
-                runtime.block_on(tokio::time::sleep(STOP_GRACE));
-                process::exit(second as i32);
             })?;
         Ok(shutdown)
     }
 
-    /// Drains when standard input ends. A parent that keeps the other end open takes its children with it, however it
-    /// dies.
+    /// Drains when standard input ends, or ends the process if it has not begun. A parent that keeps the other end open
+    /// takes its children with it, however it dies.
     pub fn drain_with_parent(&self) -> io::Result<()> {
         let shutdown = self.clone();
         thread::Builder::new().name("moerun-parent".to_owned()).spawn(move || {
-            shutdown.drain_at_end_of(io::stdin());
+            wait_for_end_of(io::stdin());
+            shutdown.end_unless_begun(Exit::Success);
+            tracing::debug!("standard input ended: draining");
+            shutdown.drain();
         })?;
         Ok(())
     }
 
-    fn drain_at_end_of(&self, mut input: impl Read) {
-        let mut ignored = [0; 256];
-        loop {
-            match input.read(&mut ignored) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
+    /// From now on there is something to finish: the process takes requests, or writes what it would have to remove.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::SeqCst);
+    }
+
+    fn end_unless_begun(&self, exit: Exit) {
+        if !self.begun.load(Ordering::SeqCst) {
+            process::exit(exit as i32);
         }
-        tracing::debug!("standard input ended: draining");
-        self.drain();
+    }
+
+    /// How the process should end: well, unless a second signal cut its drain short.
+    pub fn exit(&self) -> Exit {
+        self.cut_short.get().copied().unwrap_or(Exit::Success)
     }
 
     /// Asks for an orderly end: nothing new is begun, what was begun is finished.
@@ -111,6 +134,19 @@ impl Shutdown {
     }
 }
 
+/// Returns when `input` has ended, whatever is read before.
+fn wait_for_end_of(mut input: impl Read) {
+    let mut ignored = [0; 256];
+    loop {
+        match input.read(&mut ignored) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,14 +164,22 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_parents_pipe_drains() {
-        let (reader, writer) = io::pipe().unwrap();
-        let shutdown = Shutdown::new();
-        let watched = shutdown.clone();
-        let watcher = thread::spawn(move || watched.drain_at_end_of(reader));
-        assert!(!shutdown.is_draining());
+    fn the_end_of_a_pipe_is_waited_for() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let waiting = thread::spawn(move || wait_for_end_of(reader));
+        io::Write::write_all(&mut writer, &[7; 1000]).unwrap();
+        assert!(!waiting.is_finished());
         drop(writer);
-        watcher.join().unwrap();
-        assert!(shutdown.is_draining());
+        waiting.join().unwrap();
+    }
+
+    #[test]
+    fn a_process_ends_well_unless_its_drain_was_cut_short() {
+        let shutdown = Shutdown::new();
+        let clone = shutdown.clone();
+        shutdown.stop();
+        assert_eq!(clone.exit(), Exit::Success);
+        shutdown.cut_short.get_or_init(|| Exit::Terminated);
+        assert_eq!(clone.exit(), Exit::Terminated);
     }
 }

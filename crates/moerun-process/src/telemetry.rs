@@ -42,10 +42,10 @@ impl fmt::Display for LogFormat {
 #[non_exhaustive]
 pub enum TelemetryError {
     /// The filter makes no sense.
-    #[error("{variable}={text:?} is not a log filter: {reason}")]
+    #[error("{origin}: {text:?} is not a log filter: {reason}")]
     Filter {
-        /// The environment variable.
-        variable: &'static str,
+        /// The setting or environment variable.
+        origin: &'static str,
         /// Its value.
         text: String,
         /// What is wrong with it.
@@ -56,10 +56,18 @@ pub enum TelemetryError {
     AlreadySet,
 }
 
-/// Sends log lines to standard error. What is logged is said by `MOERUN_LOG`, else by `RUST_LOG`, else by
-/// `default_filter` (`info` for a server, `warn` for a command whose output a person reads).
-pub fn init_telemetry(format: LogFormat, default_filter: &str) -> Result<(), TelemetryError> {
-    let filter = filter(|variable| env::var(variable).ok(), default_filter)?;
+/// Levels of a filter; `warning` or `inf` would silently be the name of a module that logs nothing.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Sends log lines to standard error. What is logged is said by `wanted`, the setting `log_level`; else by `MOERUN_LOG`,
+/// else by `RUST_LOG`, else by `default_filter` (`info` for a server, `warn` for a command whose output a person reads).
+/// Returns the filter, for processes that this one starts.
+///
+/// # Errors
+/// A filter that makes no sense, with where it came from. Of a filter for us, each part is a level or `module=level`.
+pub fn init_telemetry(format: LogFormat, wanted: Option<&str>, default_filter: &str) -> Result<String, TelemetryError> {
+    let filter = filter(wanted, |variable| env::var(variable).ok(), default_filter)?;
+    let in_force = filter.to_string();
     let builder = log::Subscriber::builder()
         .with_env_filter(filter)
         .with_writer(io::stderr);
@@ -67,51 +75,85 @@ pub fn init_telemetry(format: LogFormat, default_filter: &str) -> Result<(), Tel
         LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().try_init(),
     }
-    .map_err(|_| TelemetryError::AlreadySet)
+    .map_err(|_| TelemetryError::AlreadySet)?;
+    Ok(in_force)
 }
 
-fn filter(lookup: impl Fn(&str) -> Option<String>, default_filter: &str) -> Result<EnvFilter, TelemetryError> {
-    for variable in ["MOERUN_LOG", "RUST_LOG"] {
-        if let Some(text) = lookup(variable).filter(|text| !text.trim().is_empty()) {
-            return EnvFilter::try_new(&text).map_err(|error| TelemetryError::Filter {
-                variable,
-                reason: error.to_string(),
-                text,
-            });
+fn filter(
+    wanted: Option<&str>,
+    lookup: impl Fn(&str) -> Option<String>,
+    default_filter: &str,
+) -> Result<EnvFilter, TelemetryError> {
+    let given = [
+        ("log_level", wanted.map(str::to_owned)),
+        ("MOERUN_LOG", lookup("MOERUN_LOG")),
+        ("RUST_LOG", lookup("RUST_LOG")),
+    ];
+    for (origin, text) in given {
+        let Some(text) = text.filter(|text| !text.trim().is_empty()) else {
+            continue;
+        };
+        let refused = |reason| TelemetryError::Filter {
+            origin,
+            text: text.clone(),
+            reason,
+        };
+        if origin != "RUST_LOG"
+            && let Some(word) = text
+                .split(',')
+                .map(str::trim)
+                .find(|part| !is_level_or_assignment(part))
+        {
+            return Err(refused(format!(
+                "wanted {} or MODULE=LEVEL, found {word:?}",
+                LEVELS.join(", ")
+            )));
         }
+        return EnvFilter::try_new(&text).map_err(|error| refused(error.to_string()));
     }
     Ok(EnvFilter::new(default_filter))
+}
+
+fn is_level_or_assignment(part: &str) -> bool {
+    part.contains('=') || LEVELS.iter().any(|level| part.eq_ignore_ascii_case(level))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn filter_of(moerun: Option<&str>, rust: Option<&str>) -> Result<String, String> {
+    fn filter_of(wanted: Option<&str>, moerun: Option<&str>, rust: Option<&str>) -> Result<String, String> {
         let lookup = |variable: &str| match variable {
             "MOERUN_LOG" => moerun.map(str::to_owned),
             _ => rust.map(str::to_owned),
         };
-        filter(lookup, "info")
+        filter(wanted, lookup, "info")
             .map(|filter| filter.to_string())
             .map_err(|error| error.to_string())
     }
 
     #[test]
-    fn our_own_variable_goes_before_the_general_one() {
-        assert_eq!(filter_of(None, None).unwrap(), "info");
-        assert_eq!(filter_of(None, Some("warn")).unwrap(), "warn");
-        assert_eq!(filter_of(Some("debug"), Some("warn")).unwrap(), "debug");
-        assert_eq!(filter_of(Some(" "), Some("warn")).unwrap(), "warn");
+    fn the_setting_goes_before_our_own_variable_and_that_before_the_general_one() {
+        assert_eq!(filter_of(None, None, None).unwrap(), "info");
+        assert_eq!(filter_of(None, None, Some("warn")).unwrap(), "warn");
+        assert_eq!(filter_of(None, Some("debug"), Some("warn")).unwrap(), "debug");
+        assert_eq!(filter_of(None, Some(" "), Some("warn")).unwrap(), "warn");
+        assert_eq!(filter_of(Some("error"), Some("debug"), Some("warn")).unwrap(), "error");
     }
 
     #[test]
-    fn a_senseless_filter_is_named() {
-        let error = filter_of(Some("moerun=loud=er"), None).unwrap_err();
+    fn a_senseless_filter_is_named_with_where_it_came_from() {
+        let error = filter_of(None, Some("moerun=loud=er"), None).unwrap_err();
         assert!(
-            error.starts_with("MOERUN_LOG=\"moerun=loud=er\" is not a log filter: "),
+            error.starts_with("MOERUN_LOG: \"moerun=loud=er\" is not a log filter: "),
             "{error}"
         );
+        let error = filter_of(Some("info,warning"), None, None).unwrap_err();
+        assert!(
+            error.starts_with("log_level: ") && error.contains("found \"warning\""),
+            "{error}"
+        );
+        assert!(filter_of(Some("INFO,moerun_dispatch=debug"), None, None).is_ok());
     }
 
     #[test]

@@ -45,7 +45,8 @@ impl std::fmt::Debug for Lie {
 }
 
 impl Lie {
-    /// Writes the golden checkpoint into `dir`, which is created, and tells the lie.
+    /// Writes the golden checkpoint into `dir`, which is created, and tells the lie. A lie about links leaves a file
+    /// beside `dir`, so give it a folder of its own.
     pub fn write(&self, dir: &Path) -> Result<(), TestkitError> {
         copy_checkpoint(&golden_dir(self.family), dir)?;
         (self.apply)(dir)

@@ -8,9 +8,10 @@ use moerun_types::ModelConfig;
 
 /// What the config parser says to `config.json` under a lie, if it says anything.
 fn config_error(lie: &Lie) -> Option<String> {
-    let dir = tempfile::tempdir().expect("a temporary directory");
-    lie.write(dir.path()).expect("a lie that can be told");
-    let text = fs::read_to_string(dir.path().join("config.json")).ok()?;
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let dir = folder.path().join("model");
+    lie.write(&dir).expect("a lie that can be told");
+    let text = fs::read_to_string(dir.join("config.json")).ok()?;
     ModelConfig::from_json(&text).err().map(|error| error.to_string())
 }
 

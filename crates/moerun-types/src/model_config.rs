@@ -98,7 +98,7 @@ pub enum StoredDtype {
 pub enum WeightQuantization {
     /// Plain f32, f16 or bf16 tensors.
     None,
-    /// deepseek_v3: f8_e4m3 weights with f32 `weight_scale_inv` per block of `[rows, cols]`.
+    /// deepseek_v3: f8_e4m3 weights with a `weight_scale_inv` per block of `[rows, cols]`.
     Fp8Block {
         /// Rows (output features) that share a scale.
         rows: usize,

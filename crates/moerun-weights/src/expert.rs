@@ -106,7 +106,12 @@ pub(crate) fn whole_matrix<'a>(
     match (tensor.dtype, fp8_block) {
         (Dtype::F8E4M3, Some(block)) => {
             let scales = Tensor::get(store, &scale_name(name))?;
-            Some(MatrixSource::fp8(tensor.bytes, scales.bytes, shape, block))
+            Some(MatrixSource::fp8(
+                tensor.bytes,
+                (scales.dtype, scales.bytes),
+                shape,
+                block,
+            ))
         }
         _ => Some(MatrixSource::row_major(tensor.dtype, tensor.bytes, shape)),
     }

@@ -77,8 +77,8 @@ struct Plain<'a> {
 struct Fp8<'a> {
     /// `[rows, cols]`.
     codes: &'a [u8],
-    /// f32 `[ceil(rows / block_rows), ceil(cols / block_cols)]`.
-    scales: &'a [u8],
+    /// `[ceil(rows / block_rows), ceil(cols / block_cols)]`.
+    scales: Plain<'a>,
     block_rows: usize,
     block_cols: usize,
 }
@@ -139,17 +139,19 @@ impl<'a> MatrixSource<'a> {
         )
     }
 
-    /// fp8 codes `[rows, cols]` with an f32 scale per block.
+    /// fp8 codes `[rows, cols]` with a scale per block, of a plain type.
     pub(crate) fn fp8(
         codes: &'a [u8],
-        scales: &'a [u8],
+        (scale_dtype, scales): (Dtype, &'a [u8]),
         [rows, cols]: [usize; 2],
         [block_rows, block_cols]: [usize; 2],
     ) -> Self {
+        debug_assert!(matches!(scale_dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16));
         assert_eq!(codes.len(), rows * cols, "one code per element");
+        let scales_per_row = cols.div_ceil(block_cols);
         assert_eq!(
             scales.len(),
-            4 * rows.div_ceil(block_rows) * cols.div_ceil(block_cols),
+            scale_dtype.bytes() * rows.div_ceil(block_rows) * scales_per_row,
             "one scale per block"
         );
         MatrixSource {
@@ -157,7 +159,13 @@ impl<'a> MatrixSource<'a> {
             cols,
             stored: Stored::Fp8(Fp8 {
                 codes,
-                scales,
+                scales: Plain {
+                    dtype: scale_dtype,
+                    bytes: scales,
+                    first: 0,
+                    row_stride: scales_per_row,
+                    col_stride: 1,
+                },
                 block_rows,
                 block_cols,
             }),
@@ -351,23 +359,20 @@ impl Fp8<'_> {
         while done < out.len() {
             let block = (first + done) / self.block_cols;
             let end = ((block + 1) * self.block_cols - first).min(out.len());
-            let scale = F32::read(self.scale_bytes(row / self.block_rows, block..block + 1, cols));
+            let mut scale = [0.0];
+            self.scales.read(row / self.block_rows, block, &mut scale);
             for (out, &code) in out[done..end].iter_mut().zip(&codes[done..end]) {
-                *out = values[usize::from(code)] * scale;
+                *out = values[usize::from(code)] * scale[0];
             }
             done = end;
         }
     }
 
-    fn scale_bytes(&self, block_row: usize, block_cols: Range<usize>, cols: usize) -> &[u8] {
-        let row = block_row * cols.div_ceil(self.block_cols);
-        &self.scales[(row + block_cols.start) * 4..(row + block_cols.end) * 4]
-    }
-
     fn stored_bytes(&self, rows: Range<usize>, cols: Range<usize>, width: usize, sink: &mut dyn FnMut(&[u8])) {
         let block_cols = cols.start / self.block_cols..cols.end.div_ceil(self.block_cols);
         for block_row in rows.start / self.block_rows..rows.end.div_ceil(self.block_rows) {
-            sink(self.scale_bytes(block_row, block_cols.clone(), width));
+            self.scales
+                .stored_bytes(block_row..block_row + 1, block_cols.clone(), sink);
         }
         for row in rows {
             sink(&self.codes[row * width + cols.start..row * width + cols.end]);

@@ -120,7 +120,8 @@ fn check_shape(name: &str, wanted: &[usize], stored: &StoredTensor) -> Result<()
     })
 }
 
-/// The scales of an fp8 tensor: one f32 per block, the last blocks may be short.
+/// The scales of an fp8 tensor: one number per block, the last blocks may be short. DeepSeek stores them in F32, Qwen in
+/// BF16.
 fn check_scales(store: &TensorStore, tensor: &ExpectedTensor) -> Result<String, WeightsError> {
     let name = scale_name(&tensor.name);
     let (
@@ -141,8 +142,12 @@ fn check_scales(store: &TensorStore, tensor: &ExpectedTensor) -> Result<String, 
     let stored = store.get(&name).ok_or_else(|| missing(&name, &shape, None))?;
     check_shape(&name, &shape, stored)?;
     match stored.element.dtype {
-        Some(Dtype::F32) => Ok(name),
-        _ => Err(WeightsError::wrong_type(&name, "F32", stored.element.name)),
+        Some(dtype) if ExpectedTypes::Plain.allow(dtype) => Ok(name),
+        _ => Err(WeightsError::wrong_type(
+            &name,
+            crate::error::PLAIN_TYPES,
+            stored.element.name,
+        )),
     }
 }
 

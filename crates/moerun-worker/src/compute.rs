@@ -39,6 +39,7 @@ pub(crate) struct Job {
 #[derive(Debug, Clone)]
 pub(crate) struct Compute {
     jobs: SyncSender<Job>,
+    max_queue: usize,
     outstanding: watch::Sender<usize>,
 }
 
@@ -51,7 +52,17 @@ impl Compute {
         let thread = thread::Builder::new()
             .name("moerun-compute".to_owned())
             .spawn(move || serve_queue(&queue, &mut run, &finished))?;
-        Ok((Self { jobs, outstanding }, thread))
+        let compute = Self {
+            jobs,
+            max_queue,
+            outstanding,
+        };
+        Ok((compute, thread))
+    }
+
+    /// Requests that the queue has room for.
+    pub(crate) fn max_queue(&self) -> usize {
+        self.max_queue
     }
 
     /// Queues a request, or answers it at once that the queue is full.

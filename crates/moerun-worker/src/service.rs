@@ -19,8 +19,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::compute::{Compute, Job, ReplySlot};
 
-/// Requests of one stream that may be queued, computed or waiting to be written. The next is not read before, so that
-/// HTTP/2 flow control holds the gateway back.
+/// Requests of one stream that may be queued, computed or waiting to be written, if the queue has room for as many. The
+/// next is not read before, so that HTTP/2 flow control holds the gateway back: a gateway alone never overfills the queue.
 const MAX_IN_FLIGHT_PER_STREAM: usize = 64;
 
 /// What a loaded worker answers with.
@@ -76,8 +76,8 @@ impl ExpertService for Experts {
         &self,
         request: Request<Streaming<v1::ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
-        self.loaded()?;
-        let (replies, receiver) = mpsc::channel(MAX_IN_FLIGHT_PER_STREAM);
+        let in_flight = MAX_IN_FLIGHT_PER_STREAM.min(self.loaded()?.compute.max_queue());
+        let (replies, receiver) = mpsc::channel(in_flight);
         let abandoned = CancellationToken::new();
         // The reader ends with the stream or with `closing`; the runtime's end awaits it.
         tokio::spawn(
@@ -116,9 +116,11 @@ impl Experts {
                 Ok(Some(request)) => self.take(&request, reply, &abandoned),
                 // The gateway has said all it wanted to; answers still go out.
                 Ok(None) => return,
+                // Either the gateway is gone, or it sent what is no message, and is told so.
                 Err(status) => {
                     tracing::debug!(%status, "a gateway's stream broke");
                     abandoned.cancel();
+                    reply.send(Err(status));
                     return;
                 }
             }

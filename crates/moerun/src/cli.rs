@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::PossibleValuesParser};
 use moerun_types::NumberFormat;
+use moerun_weights::SHAPES;
 
 use crate::settings::ServingFlags;
 
@@ -11,12 +12,46 @@ use crate::settings::ServingFlags;
 #[derive(Debug, Parser)]
 #[command(name = "moerun", version, propagate_version = true, arg_required_else_help = true)]
 #[command(after_help = "\
-Exit codes: 0 done; 1 failed; 2 wrong usage or settings; 130 stopped by a second signal.
-Environment: MOERUN_ISA=portable|avx2|avx512 forces a kernel variant, MOERUN_LOG=debug sets what is logged;
-MOERUN_MODEL, MOERUN_MAX_CONTEXT, … set what the flags of the same names set.")]
+Exit codes: 0 done, or drained after a signal; 1 failed; 2 wrong usage or settings; 130 (SIGINT) and 143 (SIGTERM) \
+ended by a signal before it was ready, or by a second one while it drained.
+
+Environment: MOERUN_MODEL, MOERUN_MAX_CONTEXT, … set what the flags --model, --max-context, … set, below the flags and \
+above the file given with --config; MOERUN_LOG=debug is short for MOERUN_LOG_LEVEL; MOERUN_ISA=portable|avx2|avx512 \
+forces a kernel variant.")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// Settings that a command takes, so that one file and one environment serve all commands, but has no use for: its help
+/// does not name them.
+const UNUSED: [(&str, &[&str]); 3] = [
+    (
+        "worker",
+        &["kv_memory", "max_context", "max_batch_tokens", "served_name"],
+    ),
+    ("generate", &["max_queue", "served_name"]),
+    ("forward", &["kv_memory", "max_context", "max_queue", "served_name"]),
+];
+
+impl Cli {
+    /// The command line of this process; ends the process if it makes no sense or asks for help.
+    pub(crate) fn from_process() -> Self {
+        Self::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit())
+    }
+}
+
+fn command() -> clap::Command {
+    let mut command = Cli::command().max_term_width(120);
+    for (name, unused) in UNUSED {
+        command = command.mut_subcommand(name, |mut subcommand| {
+            for argument in unused {
+                subcommand = subcommand.mut_arg(argument, |argument| argument.hide(true));
+            }
+            subcommand
+        });
+    }
+    command
 }
 
 /// Commands of the binary.
@@ -59,7 +94,7 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Address of a worker; once for each
+    /// Address of a worker, HOST:PORT; once for each
     #[arg(long, value_name = "ADDR")]
     pub(crate) worker: Vec<String>,
 
@@ -78,7 +113,8 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
 
-    /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert
+    /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert; I from 0
+    /// [default: everything]
     #[arg(long, value_name = "SHARD", conflicts_with = "experts")]
     pub(crate) shard: Option<String>,
 
@@ -128,11 +164,11 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", conflicts_with = "connect")]
     pub(crate) workers: Option<usize>,
 
-    /// Ask a gateway that already runs, instead of loading a model
+    /// HOST:PORT of a gateway that already runs: ask it, instead of loading a model
     #[arg(long, value_name = "ADDR")]
     pub(crate) connect: Option<String>,
 
-    /// Print one JSON object instead of streaming text
+    /// Print one JSON object at the end instead of streaming text
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -141,27 +177,27 @@ pub(crate) struct GenerateArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SamplingArgs {
     /// 0 = always the likeliest token
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Sampling")]
     pub(crate) temperature: Option<f32>,
 
     /// Keep the K likeliest tokens; 0 = all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
     pub(crate) top_k: Option<u32>,
 
     /// Keep the likeliest tokens whose probabilities reach P
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
     pub(crate) top_p: Option<f32>,
 
     /// Keep tokens at least P times as likely as the likeliest
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
     pub(crate) min_p: Option<f32>,
 
     /// Above 1: make tokens that were already seen less likely
-    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    #[arg(long, value_name = "R", allow_negative_numbers = true, help_heading = "Sampling")]
     pub(crate) repetition_penalty: Option<f32>,
 
     /// The same request with the same seed gives the same text [default: 0]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", help_heading = "Sampling")]
     pub(crate) seed: Option<u64>,
 }
 
@@ -203,10 +239,11 @@ pub(crate) struct InspectArgs {
 /// `moerun synthesize`.
 #[derive(Debug, Args)]
 pub(crate) struct SynthesizeArgs {
-    /// Name of a real shape (--shape help lists them)
+    /// A real model's shape
     #[arg(
         long,
         value_name = "NAME",
+        value_parser = PossibleValuesParser::new(SHAPES.iter().map(|shape| shape.name)),
         required_unless_present = "config",
         conflicts_with = "config"
     )]
@@ -232,7 +269,31 @@ pub(crate) struct SynthesizeArgs {
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) weights: NumberFormat,
 
-    /// List the shapes
+    /// List the shapes, one a line
     #[arg(long, exclusive = true)]
     pub(crate) list: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_hides_only_settings_that_exist() {
+        let command = command();
+        command.clone().debug_assert();
+        for (name, unused) in UNUSED {
+            let subcommand = command.find_subcommand(name).expect("a command");
+            for argument in unused {
+                let argument = subcommand
+                    .get_arguments()
+                    .find(|it| it.get_id() == argument)
+                    .expect("a flag");
+                assert!(
+                    argument.is_hide_set() && argument.get_long().is_some(),
+                    "{name}: {argument}"
+                );
+            }
+        }
+    }
 }

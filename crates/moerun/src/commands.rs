@@ -13,8 +13,8 @@ use std::{
     process::ExitCode,
 };
 
-use moerun_kernels::Isa;
-use moerun_process::{Exit, init_telemetry};
+use moerun_kernels::{Isa, IsaError};
+use moerun_process::{Exit, TelemetryError, init_telemetry};
 
 use crate::{
     cli::{Cli, Command},
@@ -23,29 +23,44 @@ use crate::{
 
 /// Runs a command; what went wrong is the last line of standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
+    let done = |outcome: anyhow::Result<()>| outcome.map(|()| Exit::Success);
     let outcome = Isa::from_env()
         .map_err(anyhow::Error::from)
         .and_then(|_| match &cli.command {
             Command::Serve(args) => gateway::serve(args),
             Command::Gateway(args) => gateway::gateway(args),
             Command::Worker(args) => worker::run(args),
-            Command::Generate(args) => generate::run(args),
-            Command::Forward(args) => forward::run(args),
-            Command::Inspect(args) => inspect::run(args),
-            Command::Synthesize(args) => synthesize::run(args),
+            Command::Generate(args) => done(generate::run(args)),
+            Command::Forward(args) => done(forward::run(args)),
+            Command::Inspect(args) => done(inspect::run(args)),
+            Command::Synthesize(args) => done(synthesize::run(args)),
         });
-    match outcome {
-        Ok(()) => Exit::Success.into(),
-        Err(error) if is_closed_pipe(&error) => Exit::Success.into(),
+    let exit = match outcome {
+        Ok(exit) => exit,
+        Err(error) if is_closed_pipe(&error) => Exit::Success,
         Err(error) => {
-            eprintln!("error: {error:#}");
-            if error.is::<SettingsError>() {
-                Exit::Usage.into()
-            } else {
-                Exit::Failure.into()
-            }
+            eprintln!("error: {}", one_line(&error));
+            if is_usage(&error) { Exit::Usage } else { Exit::Failure }
+        }
+    };
+    exit.into()
+}
+
+/// Settings that make no sense, wherever they were found out.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.is::<SettingsError>() || error.is::<TelemetryError>() || error.is::<IsaError>()
+}
+
+/// An error and its causes. A cause that the message before it repeats at its end is not said twice.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.ends_with(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
         }
     }
+    line
 }
 
 /// Whoever read our output has seen enough (`moerun generate … | head`).
@@ -55,10 +70,11 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Starts logging to standard error as the settings say, at `default_level` if they name none.
-fn start_logging(settings: &mut Settings, default_level: &str) -> anyhow::Result<()> {
-    let level = settings.log_level.get_or_insert_with(|| default_level.to_owned());
-    Ok(init_telemetry(settings.log_format, level)?)
+/// Starts logging to standard error as the settings say, else as `default_filter` does; the settings say so afterwards.
+fn start_logging(settings: &mut Settings, default_filter: &str) -> Result<(), TelemetryError> {
+    let filter = init_telemetry(settings.log_format, settings.log_level.as_deref(), default_filter)?;
+    settings.log_level = Some(filter);
+    Ok(())
 }
 
 /// The one line on standard output that tells a parent or an operator where the door is.
@@ -66,4 +82,22 @@ fn print_ready(address: SocketAddr) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "ready grpc={address}")?;
     stdout.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_each_cause_once() {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, "no such file");
+        let error = anyhow::Error::from(missing())
+            .context("a.toml: no such file")
+            .context("settings");
+        assert_eq!(one_line(&error), "settings: a.toml: no such file");
+        assert_eq!(
+            one_line(&anyhow::Error::from(missing()).context("a.toml")),
+            "a.toml: no such file"
+        );
+    }
 }

@@ -9,8 +9,6 @@ mod stack;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    commands::run(cli::Cli::parse())
+    commands::run(cli::Cli::from_process())
 }

@@ -1,11 +1,13 @@
 //! The settings of all serving commands: defaults < TOML file < environment < flags.
 
-use std::path::PathBuf;
+mod environment;
+
+use std::{env, path::PathBuf};
 
 use clap::Args;
 use figment::{
     Figment,
-    providers::{Env, Format, Serialized, Toml},
+    providers::{Format, Serialized, Toml},
 };
 use moerun_process::LogFormat;
 use moerun_types::{CombineMode, NumberFormat};
@@ -18,69 +20,69 @@ use crate::size::ByteSize;
 #[derive(Debug, Clone, Default, Args, Serialize)]
 pub(crate) struct ServingFlags {
     /// Checkpoint directory (config.json, *.safetensors, tokenizer.json)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<PathBuf>,
 
     /// How weights are held: f32 or bf16 [default: the checkpoint's own type]
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<NumberFormat>,
 
     /// How partial sums of experts are added: exact (same bits for any number of workers) or fast [default: exact]
-    #[arg(long, value_name = "MODE")]
+    #[arg(long, value_name = "MODE", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     combine: Option<CombineMode>,
 
     /// Elements of an expert's intermediate dimension per block of the exact combine [default: 128, or 256 for wide
     /// experts]; gateway and workers must agree
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     combine_block: Option<usize>,
 
     /// Threads that compute [default: the machine's cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
 
     /// Memory for keys and values, as in 2GiB [default: room for 16 full contexts, at most a quarter of what is free]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<ByteSize>,
 
     /// Longest sequence, prompt and answer together [default: what the checkpoint supports]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_context: Option<usize>,
 
     /// Most rows in one forward pass, prefill and decode together [default: 512]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_batch_tokens: Option<usize>,
 
     /// Most requests that wait to start; one more is refused [default: 256]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_queue: Option<usize>,
 
     /// Name of the model in requests [default: the directory's name]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     served_name: Option<String>,
 
     /// Log lines as text or json, on standard error [default: text]
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", help_heading = "Settings and logs")]
     #[serde(skip_serializing_if = "Option::is_none")]
     log_format: Option<LogFormat>,
 
-    /// What is logged: error, warn, info, debug, trace, or a filter as in moerun_dispatch=debug; MOERUN_LOG goes before
-    /// it [default: info when serving, else warn]
-    #[arg(long, value_name = "LEVEL")]
+    /// What is logged: off, error, warn, info, debug, trace, or a filter as in info,moerun_dispatch=debug [default:
+    /// MOERUN_LOG, else RUST_LOG, else info when serving and warn otherwise]
+    #[arg(long, value_name = "LEVEL", help_heading = "Settings and logs")]
     #[serde(skip_serializing_if = "Option::is_none")]
     log_level: Option<String>,
 
-    /// TOML file with any of these settings, under the flags' names (max_context = 4096)
-    #[arg(long, value_name = "FILE", env = "MOERUN_CONFIG")]
+    /// TOML file with any of these settings, under the flags' names with underscores (max_context = 4096)
+    #[arg(long, value_name = "FILE", env = "MOERUN_CONFIG", help_heading = "Settings and logs")]
     #[serde(skip)]
     config: Option<PathBuf>,
 }
@@ -111,13 +113,33 @@ pub(crate) struct RoleFlags {
 /// Settings that make no sense: the command ends with the exit code of wrong usage.
 #[derive(Debug, thiserror::Error)]
 #[error("settings: {0}")]
-pub(crate) struct SettingsError(String);
+pub(crate) struct SettingsError(pub(crate) String);
 
 impl From<figment::Error> for SettingsError {
     fn from(error: figment::Error) -> Self {
-        let lines: Vec<String> = error.into_iter().map(|error| error.to_string()).collect();
-        SettingsError(lines.join("; "))
+        let messages: Vec<String> = error.into_iter().map(|error| describe(&error)).collect();
+        SettingsError(messages.join("; "))
     }
+}
+
+/// File, key and reason in one line. A parser's message has a drawing of the place, which its first line tells too.
+fn describe(error: &figment::Error) -> String {
+    let file = error
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.source.as_ref()?.file_path());
+    let mut words: Vec<String> = file.map(|path| path.display().to_string()).into_iter().collect();
+    if !error.path.is_empty() {
+        words.push(error.path.join("."));
+    }
+    let reason = error.kind.to_string();
+    let lines: Vec<&str> = reason
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.contains('|'))
+        .collect();
+    words.push(lines.join(", "));
+    words.join(": ")
 }
 
 /// All settings, resolved.
@@ -187,31 +209,17 @@ impl Default for Settings {
     }
 }
 
-/// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, `MOERUN_LOG`, …) are no settings.
-const ENVIRONMENT_KEYS: [&str; 18] = [
-    "model",
-    "weights",
-    "combine",
-    "combine_block",
-    "threads",
-    "kv_memory",
-    "max_context",
-    "max_batch_tokens",
-    "max_queue",
-    "served_name",
-    "log_format",
-    "log_level",
-    "grpc_addr",
-    "workers",
-    "worker",
-    "listen",
-    "shard",
-    "experts",
-];
-
 impl Settings {
     /// Merges defaults, file, environment and flags, and checks what can be checked without the checkpoint.
     pub(crate) fn load(flags: &ServingFlags, role: &RoleFlags) -> Result<Self, SettingsError> {
+        Self::load_with(flags, role, |variable| env::var(variable).ok())
+    }
+
+    fn load_with(
+        flags: &ServingFlags,
+        role: &RoleFlags,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, SettingsError> {
         let mut figment = Figment::from(Serialized::defaults(Settings::default()));
         if let Some(path) = &flags.config {
             if !path.is_file() {
@@ -220,7 +228,7 @@ impl Settings {
             figment = figment.merge(Toml::file_exact(path));
         }
         let settings: Settings = figment
-            .merge(Env::prefixed("MOERUN_").only(&ENVIRONMENT_KEYS))
+            .merge(Serialized::defaults(environment::settings(variable)?))
             .merge(Serialized::defaults(flags))
             .merge(Serialized::defaults(role))
             .extract()?;
@@ -262,6 +270,36 @@ mod tests {
     use super::*;
 
     #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(
+            file,
+            "max_context = 64\nmax_queue = 7\nthreads = 2\nlog_level = \"error\""
+        )
+        .unwrap();
+        let flags = ServingFlags {
+            max_context: Some(32),
+            config: Some(file.path().to_owned()),
+            ..ServingFlags::default()
+        };
+        let variable = |name: &str| {
+            let value = match name {
+                "MOERUN_MAX_CONTEXT" | "MOERUN_MAX_QUEUE" => "9",
+                "MOERUN_WORKER" => "a:1,b:2",
+                "MOERUN_LOG" => "debug",
+                _ => return None,
+            };
+            Some(value.to_owned())
+        };
+        let settings = Settings::load_with(&flags, &RoleFlags::default(), variable).unwrap();
+        assert_eq!(settings.max_context, Some(32));
+        assert_eq!(settings.max_queue, 9);
+        assert_eq!(settings.threads, Some(2));
+        assert_eq!(settings.worker, ["a:1", "b:2"]);
+        assert_eq!(settings.log_level.as_deref(), Some("debug"));
+    }
+
+    #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(
@@ -290,6 +328,7 @@ mod tests {
             ("weights = \"f64\"", "weights"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),
+            ("max_context = = 64", "line 1, column"),
         ] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             writeln!(file, "{text}").unwrap();
@@ -298,7 +337,14 @@ mod tests {
                 ..ServingFlags::default()
             };
             let error = Settings::load(&flags, &RoleFlags::default()).expect_err(text);
-            assert!(format!("{error:#}").contains(word), "{text}: {error:#}");
+            let error = format!("{error:#}");
+            let path = file.path().display().to_string();
+            // What is read is checked by the file's reader, ranges afterwards, whatever they come from.
+            assert!(
+                error.contains(word) && (error.contains(&path) || error.contains("wanted")),
+                "{text}: {error}"
+            );
+            assert!(!error.contains('\n'), "{text}: {error}");
         }
     }
 }

@@ -14,7 +14,10 @@ use moerun_process::{LoadProgress, available_threads, threads_per_worker};
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
-use crate::{settings::Settings, size::ByteSize};
+use crate::{
+    settings::{Settings, SettingsError},
+    size::ByteSize,
+};
 
 /// How long worker processes that we start may take to load, and workers elsewhere to come up.
 const START_UP_TIMEOUT: Duration = Duration::from_secs(600);
@@ -82,7 +85,8 @@ impl Experts {
             }
             Place::Remote(_) if config.moe.is_none() => bail!("{}: a dense model has no experts", dir.display()),
             Place::Remote(workers) if workers.is_empty() => {
-                bail!("no workers given: wanted --worker ADDR at least once")
+                let none = "no workers given: wanted --worker ADDR, MOERUN_WORKER or worker = [\"ADDR\"] in --config";
+                return Err(SettingsError(none.to_owned()).into());
             }
             place => place,
         };

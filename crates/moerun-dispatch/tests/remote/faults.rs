@@ -207,8 +207,17 @@ fn a_dead_worker_fails_at_once_and_serves_again_once_restarted() {
 
     // Whoever comes back with something else is not taken.
     let stranger = start(&checkpoint, &shards[0], numerics, &address);
-    thread::sleep(Duration::from_millis(300));
-    assert!(remote.workers()[1].down.is_some());
+    let refused = |down: Option<String>| down.is_some_and(|reason| reason.contains("is refused"));
+    assert!(
+        wait_for(|| refused(remote.workers()[1].down.clone())),
+        "{:?}",
+        remote.workers()
+    );
+    let error = run(&remote, &request).unwrap_err().to_string();
+    assert!(
+        error.contains("hashes to nothing there"),
+        "the reason is the last one: {error}"
+    );
     drop(stranger);
 
     let _restarted = start(&checkpoint, &shards[1], numerics, &address);

@@ -17,6 +17,8 @@ pub(crate) enum Behaviour {
     Works,
     /// Hangs until another behaviour is set, then does that.
     Hangs,
+    /// Works for this many requests of all there ever were, then hangs.
+    HangsAfter(usize),
     WorkerGone,
     MissesDeadline,
     PanicsInSubmit,
@@ -37,6 +39,16 @@ pub(crate) struct FaultyExperts {
 struct State {
     behaviour: Behaviour,
     requests: usize,
+}
+
+impl State {
+    fn hangs(&self) -> bool {
+        match self.behaviour {
+            Behaviour::Hangs => true,
+            Behaviour::HangsAfter(requests) => self.requests > requests,
+            _ => false,
+        }
+    }
 }
 
 struct PanicsInWait;
@@ -74,7 +86,7 @@ impl FaultyExperts {
     fn behaviour(&self) -> Behaviour {
         let mut state = self.state.lock();
         state.requests += 1;
-        while state.behaviour == Behaviour::Hangs {
+        while state.hangs() {
             let timed_out = self.changed.wait_for(&mut state, PATIENCE).timed_out();
             assert!(!timed_out, "the test left its experts hanging");
         }
@@ -98,7 +110,9 @@ impl ExpertBackend for FaultyExperts {
             Behaviour::PanicsInSubmit => panic!("the fake was told to panic"),
             Behaviour::PanicsInWait => Ok(Box::new(PanicsInWait)),
             Behaviour::RefusesRowsAbove(limit) if request.activations.rows() > limit => Err(term_error(layer).into()),
-            Behaviour::Works | Behaviour::Hangs | Behaviour::RefusesRowsAbove(_) => self.experts.submit(request),
+            Behaviour::Works | Behaviour::Hangs | Behaviour::HangsAfter(_) | Behaviour::RefusesRowsAbove(_) => {
+                self.experts.submit(request)
+            }
         }
     }
 }

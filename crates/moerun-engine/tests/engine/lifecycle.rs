@@ -1,6 +1,8 @@
 //! Refusal, cancellation, drain and stop.
 
-use moerun_engine::{EngineError, ForwardRequest, TokenEvent};
+use moerun_engine::{EngineError, ForwardRequest, MoeLayerRequest, TokenEvent};
+use moerun_types::LayerId;
+use ndarray::Array2;
 
 use crate::faulty::Behaviour;
 use crate::fixture::{CONFIG, Fixture, PATIENCE, Sizes, collect, generate, greedy, ids, next, until, until_idle};
@@ -10,11 +12,11 @@ async fn a_client_that_goes_away_frees_its_pages_at_the_next_step() {
     let fixture = Fixture::load("qwen3_moe");
     let engine = fixture.start(CONFIG);
     let handle = engine.handle();
+    fixture.experts.set(Behaviour::HangsAfter(2)); // two layers with experts: in its second step
     let mut events = handle.generate(greedy(fixture.prompt(0), 200)).expect("accepted");
     assert!(matches!(next(&mut events).await, Some(TokenEvent::Token { .. })));
-    fixture.experts.set(Behaviour::Hangs);
     let waiting = handle.generate(greedy(fixture.prompt(1), 200)).expect("accepted");
-    assert!(handle.stats().pages_used > 0);
+    until(&handle, |stats| stats.pages_used > 0).await;
     let asked = fixture.experts.requests();
     drop((events, waiting));
     fixture.experts.set(Behaviour::Works);
@@ -92,6 +94,36 @@ async fn drain_ends_what_was_accepted_and_refuses_the_rest() {
         .await
         .expect("in time")
         .expect("drained still");
+}
+
+#[tokio::test]
+async fn blocks_under_way_count_as_waiting_until_they_are_answered() {
+    let fixture = Fixture::load("qwen3_moe");
+    let engine = fixture.start(Sizes {
+        max_queue: 2,
+        max_batch_tokens: 1,
+        ..CONFIG
+    });
+    let handle = engine.handle();
+    let request = || MoeLayerRequest {
+        layer: LayerId(0),
+        hidden_states: Array2::from_elem((64, 32), 0.5),
+    };
+    fixture.experts.set(Behaviour::Hangs);
+    let accepted = [(); 2].map(|()| handle.moe_layer(request()).expect("accepted"));
+    while fixture.experts.requests() == 0 {
+        tokio::task::yield_now().await; // until the first piece of the first is under way
+    }
+    let error = handle.moe_layer(request()).expect_err("two are under way");
+    assert!(matches!(error, EngineError::QueueFull { limit: 2 }), "{error}");
+    fixture.experts.set(Behaviour::Works);
+    for reply in accepted {
+        let rows = tokio::time::timeout(PATIENCE, reply).await.unwrap().unwrap();
+        assert_eq!(rows.expect("rows").nrows(), 64);
+        // Whoever has an answer may ask again at once.
+        drop(handle.moe_layer(request()).expect("there is room again"));
+    }
+    until_idle(&handle).await;
 }
 
 #[tokio::test]

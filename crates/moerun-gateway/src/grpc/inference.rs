@@ -95,8 +95,11 @@ impl InferenceService for InferenceDoor {
             .check_model(&message.model)
             .and_then(|()| self.gateway.forward(message.token_ids, positions))
             .map_err(|error| to_status(&error))?;
-        let mut rows = logits.rows;
-        let rows = stream::poll_fn(move |context| rows.poll_recv(context));
+        let (mut rows, share) = (logits.rows, logits.share);
+        let rows = stream::poll_fn(move |context| {
+            let _held_until_the_stream_ends = &share;
+            rows.poll_recv(context)
+        });
         // A channel that ends early is an error, not a short answer; nothing follows an error.
         let rows = rows
             .map(|row| row.map_err(GatewayError::from))

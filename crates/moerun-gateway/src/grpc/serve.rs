@@ -115,6 +115,10 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // Only what is served here: the file also describes what workers serve.
+            .with_service_name(<InferenceServiceServer<InferenceDoor> as NamedService>::NAME)
+            .with_service_name(<MoeLayerServiceServer<MoeLayerDoor> as NamedService>::NAME)
+            .with_service_name("grpc.health.v1.Health")
     };
     let reflection_failed = |error: tonic_reflection::server::Error| GatewayError::Serve(error.to_string());
     Ok(Server::builder()

@@ -79,6 +79,10 @@ async fn reflection_of_both_versions_knows_all_services() {
         ("v1alpha", reflected_services!(v1alpha, served.channel.clone())),
     ];
     for (version, services) in versions {
+        assert!(
+            !services.iter().any(|service| service == "moerun.v1.ExpertService"),
+            "{version}: a gateway holds no experts for others, but lists {services:?}"
+        );
         for wanted in [
             "moerun.v1.InferenceService",
             "moerun.v1.MoeLayerService",

@@ -2,8 +2,9 @@
 //!
 //! Both spellings that checkpoints carry are read: that of transformers 5 (`rope_parameters`, `dtype`, `layer_types`)
 //! and that of most checkpoints on the Hub (`rope_theta`, `rope_scaling`, `torch_dtype`). A field that is absent or
-//! null takes the default that transformers gives it in that family. Fields that are not read are ignored, but for
-//! those that would change the result: they are refused.
+//! null takes the default that transformers gives it in that family, but for the sizes that every released checkpoint
+//! states (width, layers, heads, vocabulary, positions, experts and how many a token takes): those are required. Fields
+//! that are not read are ignored, but for those that would change the result: they are refused.
 
 mod attention;
 mod error;

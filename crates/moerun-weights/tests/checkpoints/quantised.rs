@@ -86,6 +86,27 @@ fn fp8_weights_are_codes_times_the_scale_of_their_block() {
 }
 
 #[test]
+fn fp8_scales_of_every_plain_type_are_read() {
+    let (dir, mut tensors) = fp8_checkpoint();
+    let rows = || {
+        let checkpoint = open(dir.path()).unwrap();
+        let gate = checkpoint.expert(LayerId(1), ExpertId(2)).unwrap().gate_proj;
+        (0..gate.rows()).flat_map(|r| row(&gate, r)).collect::<Vec<_>>()
+    };
+    let wanted = rows();
+    // 0.5, 1, 1.5 and 2, exact in both.
+    for (dtype, scales) in [
+        ("BF16", [0x3f00u16, 0x3f80, 0x3fc0, 0x4000]),
+        ("F16", [0x3800, 0x3c00, 0x3e00, 0x4000]),
+    ] {
+        let scales = scales.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        tensors.insert(format!("{EXPERT}_scale_inv"), RawTensor::bytes(dtype, &[2, 2], scales));
+        rewrite(dir.path(), &tensors);
+        assert_eq!(rows(), wanted, "{dtype}");
+    }
+}
+
+#[test]
 fn fp8_scales_belong_to_the_hash_of_every_block_they_reach() {
     let (dir, mut tensors) = fp8_checkpoint();
     let blocks = BlockRange { first: 0, end: 3 };
@@ -119,9 +140,11 @@ fn fp8_tensors_need_right_scales_beside_them() {
     assert_refused(dir.path(), Needs::All, &[&scale, "[2, 2]", "[4]"]);
 
     let mut wrong = tensors.clone();
-    wrong.insert(scale.clone(), RawTensor::bytes("BF16", &[2, 2], vec![0; 8]));
-    rewrite(dir.path(), &wrong);
-    assert_refused(dir.path(), Needs::All, &[&scale, "F32", "BF16"]);
+    for (dtype, bytes) in [("I32", 4), ("F8_E4M3", 1)] {
+        wrong.insert(scale.clone(), RawTensor::bytes(dtype, &[2, 2], vec![0; 4 * bytes]));
+        rewrite(dir.path(), &wrong);
+        assert_refused(dir.path(), Needs::All, &[&scale, "F32", "BF16", dtype]);
+    }
 
     let mut wrong = tensors.clone();
     wrong.insert(format!("{OUTPUT}_scale"), RawTensor::f32(&[1], &[1.0]));

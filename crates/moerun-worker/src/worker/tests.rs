@@ -1,4 +1,7 @@
-use std::{sync::mpsc as std_mpsc, time::Duration};
+use std::{
+    sync::mpsc as std_mpsc,
+    time::{Duration, Instant},
+};
 
 use moerun_kernels::Activations;
 use moerun_model::ExpertError;
@@ -63,6 +66,7 @@ fn options(max_queue: usize) -> ServeOptions {
 struct Gate {
     go: std_mpsc::Sender<()>,
     begun: std_mpsc::Receiver<()>,
+    loaded: Arc<OnceLock<Loaded>>,
 }
 
 impl Gate {
@@ -74,6 +78,16 @@ impl Gate {
         self.begun
             .recv_timeout(Duration::from_secs(10))
             .expect("a request that waits");
+    }
+
+    /// Returns when this many requests are queued or begun.
+    fn await_outstanding(&self, wanted: usize) {
+        let until = Instant::now() + Duration::from_secs(10);
+        let outstanding = || self.loaded.get().map_or(0, |loaded| loaded.compute.outstanding());
+        while outstanding() != wanted {
+            assert!(Instant::now() < until, "{} requests, not {wanted}", outstanding());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -105,9 +119,10 @@ fn worker(max_queue: usize) -> (Worker, Gate) {
         }
     });
     let listening = Listening::start(options(max_queue), Shutdown::new()).unwrap();
+    let loaded = listening.loaded.clone();
     (
         listening.serve_with(run, limits(), &identity()).unwrap(),
-        Gate { go, begun },
+        Gate { go, begun, loaded },
     )
 }
 
@@ -232,20 +247,47 @@ fn bad_items_are_answered_and_the_stream_lives_on() {
 #[test]
 fn a_full_queue_is_said_to_be_full() {
     let (worker, gate) = worker(1);
-    let mut gateway = Gateway::connect(&worker);
-    gateway.send(request(1, WAITS));
+    let mut gateways = [(); 3].map(|()| Gateway::connect(&worker));
+    gateways[0].send(request(1, WAITS));
     gate.await_one();
     // The second is queued; whichever comes after it is refused, out of turn.
-    for id in 2..=4 {
-        gateway.send(request(id, WAITS));
-    }
-    for id in 3..=4 {
-        assert_eq!(gateway.receive(), Some((id, Err(ExecuteFailure::Overloaded))));
-    }
-    for id in 1..=2 {
+    gateways[1].send(request(2, WAITS));
+    gate.await_outstanding(2);
+    gateways[2].send(request(3, WAITS));
+    assert_eq!(gateways[2].receive(), Some((3, Err(ExecuteFailure::Overloaded))));
+    for (id, gateway) in (1..).zip(&mut gateways[..2]) {
         gate.open();
         assert_eq!(gateway.receive(), Some((id, sums())));
     }
+}
+
+#[test]
+fn one_gateway_is_held_back_and_never_overfills_the_queue() {
+    for max_queue in [1, 2] {
+        let (worker, gate) = worker(max_queue);
+        let mut gateway = Gateway::connect(&worker);
+        for id in 1..=20 {
+            gateway.send(request(id, WAITS));
+            gate.open();
+        }
+        for id in 1..=20 {
+            assert_eq!(gateway.receive(), Some((id, sums())), "queue of {max_queue}");
+        }
+    }
+}
+
+#[test]
+fn a_message_beyond_the_limit_is_refused_by_name_and_ends_its_stream_alone() {
+    let (worker, _gate) = worker(8);
+    let (mut liar, mut other) = (Gateway::connect(&worker), Gateway::connect(&worker));
+    liar.send(v1::ExecuteRequest {
+        hidden_states: vec![0; moerun_proto::MAX_MESSAGE_BYTES + 1].into(),
+        ..request(1, 0)
+    });
+    let status = liar.runtime.block_on(liar.replies.message()).unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    other.send(request(2, 0));
+    assert_eq!(other.receive(), Some((2, sums())));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use anyhow::{Context, bail, ensure};
 use moerun_engine::{Capture, forward_step};
 use moerun_kernels::KV_PAGE_TOKENS;
 use moerun_model::{KvCache, MoeInput, Step, StepSequence};
+use moerun_process::WARNINGS_AND_PROGRESS;
 use moerun_types::{LayerId, ModelConfig};
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -24,11 +25,31 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
         ..RoleFlags::default()
     };
     let mut settings = Settings::load(&args.serving, &role)?;
-    super::start_logging(&mut settings, "warn")?;
+    super::start_logging(&mut settings, WARNINGS_AND_PROGRESS)?;
+    check_can_be_written(&args.out)?;
     let batch = Batch::read(&args.inputs)?;
     let experts = Experts::start(&settings)?;
     let outputs = forward(&experts, &settings, &batch, args.capture)?;
     outputs.write(&args.out)
+}
+
+/// A pass may take long: that its result has no place to go is said before it.
+fn check_can_be_written(out: &Path) -> anyhow::Result<()> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder {
+        ensure!(
+            folder.is_dir(),
+            "--out {}: wanted a folder that exists, found none at {}",
+            out.display(),
+            folder.display()
+        );
+    }
+    ensure!(
+        !out.is_dir(),
+        "--out {}: wanted the path of a file, found a folder",
+        out.display()
+    );
+    Ok(())
 }
 
 /// Token ids of a padded batch.

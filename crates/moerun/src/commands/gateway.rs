@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use moerun_gateway::grpc::{self, ServeSettings};
-use moerun_process::Shutdown;
+use moerun_process::{Exit, Shutdown};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Runs `moerun serve`.
-pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         workers: args.workers,
         grpc_addr: args.grpc_addr.clone(),
@@ -23,7 +23,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 /// Runs `moerun gateway`.
-pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<()> {
+pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         worker: args.worker.clone(),
         grpc_addr: args.grpc_addr.clone(),
@@ -32,7 +32,7 @@ pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<()> {
     serve_experts(Settings::load(&args.serving, &role)?, Experts::connect)
 }
 
-fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<Experts>) -> anyhow::Result<()> {
+fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<Experts>) -> anyhow::Result<Exit> {
     super::start_logging(&mut settings, "info")?;
     let shutdown = Shutdown::on_signals().context("signals")?;
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
@@ -52,14 +52,16 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
             drain.clone(),
         );
         tokio::pin!(door);
+        shutdown.begin();
         super::print_ready(bound)?;
         tokio::select! {
-            ended = &mut door => return ended.map_err(anyhow::Error::from),
+            ended = &mut door => return ended.map(|()| shutdown.exit()).map_err(anyhow::Error::from),
             () = shutdown.draining() => drain.cancel(),
         }
         tokio::select! {
-            ended = &mut door => Ok(ended?),
-            () = shutdown.stopping() => Ok(()),
+            ended = &mut door => ended?,
+            () = shutdown.stopping() => {}
         }
+        Ok(shutdown.exit())
     })
 }

@@ -8,8 +8,10 @@ use std::{
 use anyhow::{Context, bail};
 use futures::{Stream, StreamExt};
 use moerun_gateway::{ChatMessage, FinishReason, Prompt, SamplingOverrides, TextRequest};
+use moerun_process::WARNINGS_AND_PROGRESS;
 use moerun_proto::v1::{self, generate_request, inference_service_client::InferenceServiceClient};
 use serde_json::json;
+use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     cli::GenerateArgs,
@@ -24,20 +26,22 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         ..RoleFlags::default()
     };
     let mut settings = Settings::load(&args.serving, &role)?;
-    super::start_logging(&mut settings, "warn")?;
+    super::start_logging(&mut settings, WARNINGS_AND_PROGRESS)?;
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
     let loading = Instant::now();
     match &args.connect {
         Some(address) => runtime.block_on(async {
-            let pieces = ask_gateway(address, args).await?;
-            print(args, loading.elapsed(), pieces).await
+            let gateway = connect(address).await?;
+            let (connected, begun) = (loading.elapsed(), Instant::now());
+            let pieces = ask_gateway(gateway, args).await?;
+            print(args, connected, begun, pieces).await
         }),
         None => {
             let serving = Serving::start(&settings, Experts::start(&settings)?)?;
-            let loaded = loading.elapsed();
+            let (loaded, begun) = (loading.elapsed(), Instant::now());
             runtime.block_on(async {
                 let pieces = ask_here(&serving, args).await?;
-                print(args, loaded, pieces).await
+                print(args, loaded, begun, pieces).await
             })
         }
     }
@@ -95,17 +99,26 @@ async fn ask_here(serving: &Serving, args: &GenerateArgs) -> anyhow::Result<impl
     }))
 }
 
-async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl Stream<Item = anyhow::Result<Piece>>> {
+async fn connect(address: &str) -> anyhow::Result<Channel> {
+    let host = address.strip_prefix("http://").unwrap_or(address);
+    let endpoint = Endpoint::from_shared(format!("http://{host}"))
+        .ok()
+        .filter(|endpoint| endpoint.uri().port().is_some())
+        .with_context(|| format!("--connect: wanted HOST:PORT, found {address:?}"))?;
+    endpoint
+        .connect_timeout(Duration::from_secs(5))
+        .connect()
+        .await
+        .with_context(|| format!("--connect: no gateway answers at {address}"))
+}
+
+async fn ask_gateway(
+    gateway: Channel,
+    args: &GenerateArgs,
+) -> anyhow::Result<impl Stream<Item = anyhow::Result<Piece>>> {
     if args.max_tokens == Some(0) {
         bail!("max_tokens: wanted at least 1, found 0"); // on the wire 0 means the model's default
     }
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))
-        .with_context(|| format!("--connect: wanted HOST:PORT, found {address:?}"))?
-        .connect_timeout(Duration::from_secs(5));
-    let channel = endpoint
-        .connect()
-        .await
-        .with_context(|| format!("--connect: no gateway answers at {address}"))?;
     let prompt = match (&args.prompt_ids, &args.prompt) {
         (Some(ids), _) => generate_request::Prompt::TokenIds(v1::TokenIds { ids: ids.clone() }),
         (None, Some(text)) if args.chat => generate_request::Prompt::Chat(v1::Chat {
@@ -132,7 +145,7 @@ async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl 
         ..v1::GenerateRequest::default()
     };
     let refused = |status: tonic::Status| anyhow::anyhow!("{} ({:?})", status.message(), status.code());
-    let answer = InferenceServiceClient::new(channel)
+    let answer = InferenceServiceClient::new(gateway)
         .generate(request)
         .await
         .map_err(refused)?
@@ -153,14 +166,15 @@ async fn ask_gateway(address: &str, args: &GenerateArgs) -> anyhow::Result<impl 
     }))
 }
 
-/// Streams the text, or prints one JSON object at the end.
+/// Streams the text, or prints one JSON object at the end. The model or the connection took `loaded`; the request was
+/// made at `begun`.
 async fn print(
     args: &GenerateArgs,
     loaded: Duration,
+    begun: Instant,
     pieces: impl Stream<Item = anyhow::Result<Piece>>,
 ) -> anyhow::Result<()> {
     tokio::pin!(pieces);
-    let begun = Instant::now();
     let mut first_token = None;
     let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
     while let Some(piece) = pieces.next().await {
@@ -200,8 +214,9 @@ async fn print(
     } else {
         writeln!(io::stdout())?;
         eprintln!(
-            "[{prompt_tokens} prompt tokens, {} generated ({reason}); loaded in {:.2} s, first token after {:.3} s{}]",
+            "[{prompt_tokens} prompt tokens, {} generated ({reason}); {} in {:.2} s, first token after {:.3} s{}]",
             token_ids.len(),
+            if args.connect.is_some() { "connected" } else { "loaded" },
             timings.load.as_secs_f64(),
             timings.first_token.as_secs_f64(),
             timings
@@ -214,8 +229,11 @@ async fn print(
 
 /// How long an answer took.
 struct Timings {
+    /// Before the request: to load the model, or to connect to the gateway that has it.
     load: Duration,
+    /// From the request to the first token.
     first_token: Duration,
+    /// From the request to the last.
     total: Duration,
     /// Tokens per second after the first; `None` if there was only one.
     decode_rate: Option<f64>,

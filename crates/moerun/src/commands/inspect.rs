@@ -1,12 +1,15 @@
 //! `moerun inspect`: what a checkpoint is, and what it needs.
 
+mod words;
+
 use std::io::{self, Write};
 
 use moerun_process::{LogFormat, init_telemetry};
-use moerun_types::{AttentionConfig, AttentionMask, FeedForwardKind, ModelConfig, NumberFormat, default_combine_block};
+use moerun_types::{NumberFormat, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
 use serde_json::{Value, json};
 
+use self::words::{attention, count, counted, gate};
 use crate::{cli::InspectArgs, size::ByteSize};
 
 /// Number formats that experts can be held in.
@@ -14,7 +17,7 @@ const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
 
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    init_telemetry(LogFormat::Text, "warn")?;
+    init_telemetry(LogFormat::Text, None, "warn")?;
     // Only the config and the headers are read, and either part may be absent: a gateway's copy can be inspected too.
     let checkpoint = Checkpoint::open(&args.model, Needs::All).or_else(|error| {
         [Needs::GatewayOnly, Needs::ExpertsOnly]
@@ -79,9 +82,9 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
         (
             "sizes".to_owned(),
             format!(
-                "hidden {}, {} layers, vocabulary {}, context {}",
+                "hidden {}, {}, vocabulary {}, context {}",
                 config.hidden,
-                config.layers.len(),
+                counted(config.layers.len(), "layer"),
                 config.vocab_size,
                 config.max_position_embeddings
             ),
@@ -93,10 +96,10 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
         lines.push((
             "experts".to_owned(),
             format!(
-                "{} of width {} in {} layers, {} per token",
+                "{} of width {} in {}, {} per token",
                 moe.num_experts,
                 moe.intermediate,
-                layers.len(),
+                counted(layers.len(), "layer"),
                 moe.top_k
             ),
         ));
@@ -111,14 +114,14 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
                 format!("width {}{gated}", shared.intermediate),
             ));
         }
-        lines.push(("gate".to_owned(), format!("{:?}", moe.gate)));
+        lines.push(("gate".to_owned(), gate(moe)));
     }
     lines.push((
         "parameters".to_owned(),
         format!(
             "{} in all, {} active per token",
-            millions(parameters.total),
-            millions(parameters.active)
+            count(parameters.total),
+            count(parameters.active)
         ),
     ));
     lines.push((
@@ -158,46 +161,4 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
     }
     lines.push(("config hash".to_owned(), checkpoint.config_hash()));
     lines
-}
-
-fn millions(count: u64) -> String {
-    match count {
-        0..10_000_000_000 => format!("{:.1} M", count as f64 / 1e6),
-        _ => format!("{:.2} B", count as f64 / 1e9),
-    }
-}
-
-fn attention(config: &ModelConfig) -> String {
-    let kind = match &config.attention {
-        AttentionConfig::Grouped(grouped) => {
-            format!(
-                "{} heads over {} key/value heads of {}",
-                grouped.num_heads, grouped.num_kv_heads, grouped.head_dim
-            )
-        }
-        AttentionConfig::Latent(latent) => {
-            format!(
-                "{} heads over a latent of {} + {}",
-                latent.num_heads, latent.kv_lora_rank, latent.qk_rope_head_dim
-            )
-        }
-    };
-    let windowed = config
-        .layers
-        .iter()
-        .filter(|layer| layer.mask != AttentionMask::Full)
-        .count();
-    let dense = config
-        .layers
-        .iter()
-        .filter(|layer| layer.feed_forward != FeedForwardKind::Moe)
-        .count();
-    let mut text = kind;
-    if windowed > 0 {
-        text.push_str(&format!("; {windowed} layers with windows or chunks"));
-    }
-    if dense > 0 && config.moe.is_some() {
-        text.push_str(&format!("; {dense} dense layers"));
-    }
-    text
 }

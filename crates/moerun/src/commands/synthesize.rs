@@ -10,14 +10,14 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use moerun_process::{LoadProgress, LogFormat, Shutdown, init_telemetry};
+use moerun_process::{LoadProgress, LogFormat, Shutdown, WARNINGS_AND_PROGRESS, init_telemetry};
 use moerun_weights::{DEFAULT_SHARD_BYTES, SHAPES, Shape, SynthesizeRequest, synthesize};
 
 use crate::{cli::SynthesizeArgs, size::ByteSize};
 
 /// Runs the command.
 pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
-    init_telemetry(LogFormat::Text, "warn")?;
+    init_telemetry(LogFormat::Text, None, WARNINGS_AND_PROGRESS)?;
     if args.list {
         for shape in SHAPES {
             writeln!(io::stdout(), "{}", shape.name)?;
@@ -65,16 +65,14 @@ pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
 }
 
 fn shape(name: &str) -> anyhow::Result<&'static Shape> {
-    Shape::by_name(name).with_context(|| {
-        let known: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
-        format!("--shape: wanted one of {}, found {name:?}", known.join(", "))
-    })
+    Shape::by_name(name).with_context(|| format!("--shape: unknown shape {name:?}"))
 }
 
 /// Becomes true at the first signal, so that what was written is removed.
 fn interrupted_by_signals() -> anyhow::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let shutdown = Shutdown::on_signals().context("signals")?;
+    shutdown.begin(); // what a signal leaves behind is removed
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .context("async runtime")?;

@@ -1,17 +1,17 @@
 //! `moerun worker`: holds experts and runs them for gateways.
 
 use anyhow::Context;
-use moerun_process::{Shutdown, available_threads};
+use moerun_process::{Exit, Shutdown, available_threads};
 use moerun_routing::ShardSpec;
 use moerun_worker::{Worker, WorkerConfig};
 
 use crate::{
     cli::WorkerArgs,
-    settings::{RoleFlags, Settings},
+    settings::{RoleFlags, Settings, SettingsError},
 };
 
 /// Runs the command.
-pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         listen: args.listen.clone(),
         shard: args.shard.clone(),
@@ -32,20 +32,23 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<()> {
     if args.exit_with_parent {
         shutdown.drain_with_parent().context("standard input")?;
     }
-    let worker = Worker::start(&config, shutdown)?;
+    let worker = Worker::start(&config, shutdown.clone())?;
+    shutdown.begin();
     super::print_ready(worker.address())?;
     worker.wait()?;
-    Ok(())
+    Ok(shutdown.exit())
 }
 
 /// What the worker is told to hold; everything if it is told nothing.
-fn shard(settings: &Settings) -> anyhow::Result<ShardSpec> {
-    Ok(match (&settings.shard, &settings.experts) {
-        (Some(shard), None) => ShardSpec::parse_shard(shard)?,
-        (None, Some(experts)) => ShardSpec::parse_experts(experts)?,
-        (None, None) => ShardSpec::All,
+fn shard(settings: &Settings) -> Result<ShardSpec, SettingsError> {
+    let parsed = match (&settings.shard, &settings.experts) {
+        (Some(shard), None) => ShardSpec::parse_shard(shard),
+        (None, Some(experts)) => ShardSpec::parse_experts(experts),
+        (None, None) => Ok(ShardSpec::All),
         (Some(shard), Some(experts)) => {
-            anyhow::bail!("wanted shard or experts, found both: shard {shard:?}, experts {experts:?}")
+            let both = format!("wanted shard or experts, found both: shard {shard:?}, experts {experts:?}");
+            return Err(SettingsError(both));
         }
-    })
+    };
+    parsed.map_err(|error| SettingsError(error.to_string()))
 }
