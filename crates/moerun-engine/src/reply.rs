@@ -146,6 +146,7 @@ mod tests {
         TokenEvent::Token {
             id,
             logprobs: None,
+            cached_tokens: 0,
             finish,
         }
     }

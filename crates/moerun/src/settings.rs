@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use figment::{
     Figment,
     providers::{Env, Format, Serialized, Toml},
@@ -63,6 +63,18 @@ pub(crate) struct ServingFlags {
     #[serde(skip_serializing_if = "Option::is_none")]
     max_queue: Option<usize>,
 
+    /// Whether keys and values of prompts are kept for requests that begin alike: on or off; the answers are the same
+    /// [default: on]
+    #[arg(long, value_name = "on|off")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefix_cache: Option<Switch>,
+
+    /// Most tokens guessed from a text's own repetitions and verified in one step; the answers are the same, 0 guesses
+    /// none [default: 0]
+    #[arg(long, value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speculate: Option<usize>,
+
     /// Name of the model in requests [default: the directory's name]
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,6 +95,16 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "FILE", env = "MOERUN_CONFIG")]
     #[serde(skip)]
     config: Option<PathBuf>,
+}
+
+/// A setting that is on or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// Settings that only some commands have as flags, given to [`Settings::load`] by those commands.
@@ -142,6 +164,10 @@ pub(crate) struct Settings {
     pub(crate) max_batch_tokens: usize,
     /// Most requests that wait.
     pub(crate) max_queue: usize,
+    /// Whether keys and values are kept for requests that begin alike.
+    pub(crate) prefix_cache: Switch,
+    /// Most tokens guessed and verified in one step.
+    pub(crate) speculate: usize,
     /// Name of the model in requests; `None` = the directory's name.
     pub(crate) served_name: Option<String>,
     /// `text` or `json`.
@@ -174,6 +200,8 @@ impl Default for Settings {
             max_context: None,
             max_batch_tokens: 512,
             max_queue: 256,
+            prefix_cache: Switch::On,
+            speculate: 0,
             served_name: None,
             log_format: LogFormat::Text,
             log_level: None,
@@ -188,7 +216,7 @@ impl Default for Settings {
 }
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, `MOERUN_LOG`, …) are no settings.
-const ENVIRONMENT_KEYS: [&str; 18] = [
+const ENVIRONMENT_KEYS: [&str; 20] = [
     "model",
     "weights",
     "combine",
@@ -198,6 +226,8 @@ const ENVIRONMENT_KEYS: [&str; 18] = [
     "max_context",
     "max_batch_tokens",
     "max_queue",
+    "prefix_cache",
+    "speculate",
     "served_name",
     "log_format",
     "log_level",
@@ -236,6 +266,7 @@ impl Settings {
             ("combine_block", self.combine_block, 8, 1 << 20),
             ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),
             ("max_queue", Some(self.max_queue), 1, 1 << 20),
+            ("speculate", Some(self.speculate), 0, 256),
         ];
         for (name, value, least, most) in bounded {
             if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
@@ -266,7 +297,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(
             file,
-            "max_context = 64\nmax_queue = 7\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
+            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
         )
         .unwrap();
         let flags = ServingFlags {
@@ -277,6 +308,7 @@ mod tests {
         let settings = Settings::load(&flags, &RoleFlags::default()).unwrap();
         assert_eq!(settings.max_context, Some(32));
         assert_eq!(settings.max_queue, 7);
+        assert_eq!((settings.prefix_cache, settings.speculate), (Switch::Off, 4));
         assert_eq!(settings.kv_memory, Some(ByteSize(3 << 20)));
         assert_eq!(settings.worker, ["a:1"]);
         assert_eq!(settings.max_batch_tokens, 512);
@@ -287,6 +319,8 @@ mod tests {
         for (text, word) in [
             ("max_contxt = 64", "max_contxt"),
             ("max_queue = 0", "max_queue"),
+            ("prefix_cache = \"maybe\"", "prefix_cache"),
+            ("speculate = 257", "speculate"),
             ("weights = \"f64\"", "weights"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),

@@ -14,7 +14,10 @@ use moerun_process::{LoadProgress, available_threads, threads_per_worker};
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
-use crate::{settings::Settings, size::ByteSize};
+use crate::{
+    settings::{Settings, Switch},
+    size::ByteSize,
+};
 
 /// How long worker processes that we start may take to load, and workers elsewhere to come up.
 const START_UP_TIMEOUT: Duration = Duration::from_secs(600);
@@ -148,6 +151,8 @@ impl Serving {
             max_context: experts.max_context,
             max_batch_tokens: settings.max_batch_tokens,
             max_queue: settings.max_queue,
+            prefix_cache: settings.prefix_cache == Switch::On,
+            speculate: settings.speculate,
         };
         let engine = Engine::start(
             Arc::clone(&experts.model),
