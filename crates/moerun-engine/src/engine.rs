@@ -29,6 +29,12 @@ pub struct EngineConfig {
     /// Most requests that wait to start, at least 1; one more is refused. Requests for a MoE block count until they are
     /// answered.
     pub max_queue: usize,
+    /// Whether full pages are kept and shared between requests that begin with the same tokens. Changes no bit of any
+    /// answer.
+    pub prefix_cache: bool,
+    /// Most tokens drafted from a sequence's own text and verified in one of its steps; 0 = none. Changes no bit of any
+    /// answer.
+    pub speculate: usize,
 }
 
 /// Counts that an operator wants to see.
@@ -40,10 +46,20 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Pages in use.
     pub pages_used: usize,
+    /// Pages that nobody uses, kept because a request may begin with what they hold; given up when room is needed.
+    pub pages_cached: usize,
     /// Pages there are.
     pub pages_total: usize,
     /// How often a running sequence had to give its pages to an older one, since the start.
     pub preemptions: u64,
+    /// Tokens of sequences when they started or started again, looked up in the prefix cache, since the start.
+    pub prefix_queried_tokens: u64,
+    /// Those of them whose keys and values were there, since the start.
+    pub prefix_hit_tokens: u64,
+    /// Tokens drafted and computed, since the start.
+    pub drafted_tokens: u64,
+    /// Those of them that turned out to be the text's next tokens, since the start.
+    pub accepted_tokens: u64,
 }
 
 /// Owns the engine's thread.
@@ -68,6 +84,8 @@ impl Engine {
         let scheduler = Scheduler::new(SchedulerConfig {
             max_batch_tokens: config.max_batch_tokens,
             num_pages: limits.num_pages,
+            prefix_cache: config.prefix_cache,
+            speculate: config.speculate,
             long_rope_above: match &model.config().rope.scaling {
                 RopeScaling::LongRope {
                     original_max_position, ..

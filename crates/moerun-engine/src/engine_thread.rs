@@ -9,10 +9,11 @@ use moerun_kernels::flush_denormals;
 use moerun_model::KvCache;
 use tokio::sync::oneshot;
 
+use crate::chunk::Chunk;
 use crate::handle::{Command, Shared};
 use crate::moe_layer::MoeLayerJob;
-use crate::scheduler::{Chunk, Scheduler};
-use crate::step::{Compute, RowAnswer, may_be_one_sequences_fault};
+use crate::scheduler::Scheduler;
+use crate::step::{ChunkAnswers, Compute, may_be_one_sequences_fault};
 use crate::{EngineError, EngineStats};
 
 /// The one owner of sequences, pages and cache.
@@ -69,9 +70,11 @@ impl EngineThread {
         }
         let shared = Arc::clone(&self.shared);
         let stats = EngineStats {
-            pages_total: self.scheduler.pages().total(),
-            preemptions: self.scheduler.preemptions(),
-            ..EngineStats::default()
+            running: 0,
+            waiting: 0,
+            pages_used: 0,
+            pages_cached: 0,
+            ..self.scheduler.stats()
         };
         drop(self);
         shared.publish(stats);
@@ -123,21 +126,26 @@ impl EngineThread {
         }
     }
 
-    /// Runs chunks as one step. Where one sequence may have spoilt the step for the others, each runs alone: what
-    /// becomes of a request does not depend on which others shared its batch.
+    /// Runs chunks as one step. Where one sequence may have spoilt the step for the others, each runs alone, and where
+    /// a draft may have spoilt it for its own sequence, that runs without: what becomes of a request depends neither on
+    /// which others shared its batch nor on what was guessed of it.
     fn run_chunks(&mut self, chunks: &[Chunk]) {
         if chunks.is_empty() {
             return;
         }
-        match self.compute.run(self.scheduler.running(), chunks, &mut self.kv) {
-            Ok(answers) => self.apply(chunks, answers),
-            Err(error) if chunks.len() > 1 && may_be_one_sequences_fault(&error) => {
+        match (self.compute.run(self.scheduler.running(), chunks, &mut self.kv), chunks) {
+            (Ok(answers), _) => self.apply(chunks, answers),
+            (Err(error), [chunk]) if !chunk.draft.is_empty() && may_be_one_sequences_fault(&error) => {
+                tracing::warn!(%error, drafted = chunk.draft.len(), "a step failed; running it without its draft");
+                self.run_chunks(&[chunk.without_draft()]);
+            }
+            (Err(error), [_, _, ..]) if may_be_one_sequences_fault(&error) => {
                 tracing::warn!(%error, sequences = chunks.len(), "a step failed; running its sequences one by one");
                 for chunk in chunks {
                     self.run_chunks(slice::from_ref(chunk));
                 }
             }
-            Err(error) => {
+            (Err(error), _) => {
                 for chunk in chunks {
                     self.fail(chunk.sequence, error.clone());
                 }
@@ -145,14 +153,10 @@ impl EngineThread {
         }
     }
 
-    fn apply(&mut self, chunks: &[Chunk], answers: Vec<RowAnswer>) {
-        for chunk in chunks {
-            self.scheduler.running_mut(chunk.sequence).cached = chunk.positions.end;
-        }
-        for (index, answer) in answers {
-            match answer {
-                Ok(answer) => self.scheduler.running_mut(index).answer(answer),
-                Err(error) => self.fail(index, error),
+    fn apply(&mut self, chunks: &[Chunk], answers: Vec<ChunkAnswers>) {
+        for (chunk, answers) in chunks.iter().zip(answers) {
+            if let Err(error) = self.scheduler.take_in(chunk, answers) {
+                self.fail(chunk.sequence, error);
             }
         }
     }
@@ -164,14 +168,7 @@ impl EngineThread {
     }
 
     fn publish(&self) {
-        let pages = self.scheduler.pages();
-        self.shared.publish(EngineStats {
-            running: self.scheduler.running().len(),
-            waiting: self.scheduler.num_preempted(),
-            pages_used: pages.num_used(),
-            pages_total: pages.total(),
-            preemptions: self.scheduler.preemptions(),
-        });
+        self.shared.publish(self.scheduler.stats());
     }
 
     fn tell_drained(&mut self) {

@@ -1,4 +1,5 @@
-//! Which sequences run next, and that step: prefill, decode, paged KV, sampling. Knows no text and no sockets.
+//! Which sequences run next, and that step: prefill, decode, paged KV shared by prefix,
+//! drafts, sampling. Knows no text and no sockets.
 #![forbid(unsafe_code)]
 
 mod request;
@@ -8,7 +9,10 @@ mod handle;
 mod limits;
 mod reply;
 
+mod chunk;
+mod draft;
 mod engine_thread;
+mod page_hash;
 mod pages;
 mod scheduler;
 mod sequence;

@@ -1,122 +1,144 @@
-//! Who has which page of the KV cache.
+//! Who has which page of the KV cache, and which pages hold what a request may begin with.
+
+use std::collections::{BTreeMap, HashMap};
 
 use moerun_kernels::KV_PAGE_TOKENS;
+
+use crate::page_hash::PageHash;
 
 /// Pages that hold the keys and values of `tokens` tokens.
 pub(crate) fn pages_for(tokens: usize) -> usize {
     tokens.div_ceil(KV_PAGE_TOKENS)
 }
 
-/// Hands out pages, each to one sequence at a time.
+/// Hands out pages. A page has one owner, who fills it; once full and named it may have more, and is only read. A named
+/// page that nobody has any more keeps what it holds until its room is needed.
 #[derive(Debug)]
-pub(crate) struct PageAllocator {
-    /// A stack: pages used last are used first, so memory that was never written stays untouched.
-    free: Vec<u32>,
-    total: usize,
+pub(crate) struct PagePool {
+    /// By number.
+    pages: Vec<Page>,
+    /// Pages without owner and name. A stack: pages used last are used first, so memory that was never written stays
+    /// untouched.
+    blank: Vec<u32>,
+    /// Pages with a name and without owner, by the time they lost the last one: the first is given up first.
+    idle: BTreeMap<u64, u32>,
+    named: HashMap<PageHash, u32>,
+    /// Counts the pages that became idle.
+    time: u64,
 }
 
-impl PageAllocator {
-    /// All of `0..num_pages` are free.
+#[derive(Debug, Clone, Copy, Default)]
+struct Page {
+    owners: u32,
+    name: Option<PageHash>,
+    /// Key in [`PagePool::idle`] if it has a name and no owner.
+    idle_since: u64,
+}
+
+impl PagePool {
+    /// All of `0..num_pages` are blank.
     pub(crate) fn new(num_pages: u32) -> Self {
         Self {
-            free: (0..num_pages).rev().collect(),
-            total: num_pages as usize,
+            pages: vec![Page::default(); num_pages as usize],
+            blank: (0..num_pages).rev().collect(),
+            idle: BTreeMap::new(),
+            named: HashMap::new(),
+            time: 0,
         }
     }
 
-    /// Appends `count` free pages to `pages`, or none of them if there are fewer; says whether it did.
+    /// Appends `count` pages to `pages`, whose only owner the caller becomes, or none of them if fewer are without an
+    /// owner; says whether it did. Blank pages go first, then those idle for longest.
     pub(crate) fn take(&mut self, count: usize, pages: &mut Vec<u32>) -> bool {
-        let Some(rest) = self.free.len().checked_sub(count) else {
+        if count > self.num_free() {
             return false;
-        };
-        pages.extend(self.free.drain(rest..).rev());
+        }
+        for _ in 0..count {
+            let page = self.blank.pop().or_else(|| self.forget_oldest());
+            let page = page.expect("pages were counted above");
+            self.pages[page as usize].owners = 1;
+            pages.push(page);
+        }
         true
     }
 
-    /// Takes back all of `pages`, which came from [`PageAllocator::take`].
+    fn forget_oldest(&mut self) -> Option<u32> {
+        let (_, page) = self.idle.pop_first()?;
+        let name = self.pages[page as usize].name.take();
+        self.named.remove(&name.expect("an idle page has a name"));
+        Some(page)
+    }
+
+    /// Makes the caller one owner less of all of `pages`, which are in the order of a sequence.
     pub(crate) fn give_back(&mut self, pages: &mut Vec<u32>) {
-        self.free.extend(pages.drain(..).rev());
-        debug_assert!(self.free.len() <= self.total, "more pages came back than there are");
-    }
-
-    /// Pages that nobody has.
-    pub(crate) fn num_free(&self) -> usize {
-        self.free.len()
-    }
-
-    /// Pages that somebody has.
-    pub(crate) fn num_used(&self) -> usize {
-        self.total - self.free.len()
-    }
-
-    /// All pages.
-    pub(crate) fn total(&self) -> usize {
-        self.total
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use rand::rngs::ChaCha8Rng;
-    use rand::{RngExt, SeedableRng};
-
-    use super::*;
-
-    #[test]
-    fn no_page_is_lost_or_shared() {
-        for seed in 0..50 {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            let total = rng.random_range(1..40);
-            let mut allocator = PageAllocator::new(total);
-            let mut owners: Vec<Vec<u32>> = vec![Vec::new(); 6];
-            for _ in 0..300 {
-                let index = rng.random_range(0..owners.len());
-                if rng.random_bool(0.3) {
-                    allocator.give_back(&mut owners[index]);
-                } else {
-                    let (count, free) = (rng.random_range(0..8), allocator.num_free());
-                    let before = owners[index].clone();
-                    let taken = allocator.take(count, &mut owners[index]);
-                    assert_eq!(taken, count <= free, "seed {seed}");
-                    assert_eq!(
-                        owners[index].len(),
-                        before.len() + if taken { count } else { 0 },
-                        "seed {seed}"
-                    );
-                    assert!(owners[index].starts_with(&before), "seed {seed}");
+        // Backwards, so that a sequence's last pages are given up before those that they build on.
+        for number in pages.drain(..).rev() {
+            let page = &mut self.pages[number as usize];
+            page.owners -= 1;
+            match (page.owners, page.name) {
+                (0, None) => self.blank.push(number),
+                (0, Some(_)) => {
+                    page.idle_since = self.time;
+                    self.idle.insert(self.time, number);
+                    self.time += 1;
                 }
-                let held: Vec<u32> = owners.iter().flatten().copied().collect();
-                let distinct: HashSet<u32> = held.iter().copied().collect();
-                assert_eq!(distinct.len(), held.len(), "seed {seed}: a page has two owners");
-                assert!(held.iter().all(|&page| page < total), "seed {seed}");
-                assert_eq!(held.len(), allocator.num_used(), "seed {seed}");
-                assert_eq!(
-                    allocator.num_used() + allocator.num_free(),
-                    allocator.total(),
-                    "seed {seed}"
-                );
+                _ => {}
             }
         }
     }
 
-    #[test]
-    fn untouched_pages_are_used_last() {
-        let mut allocator = PageAllocator::new(8);
-        let mut pages = Vec::new();
-        assert!(allocator.take(3, &mut pages));
-        assert_eq!(pages, [0, 1, 2]);
-        allocator.give_back(&mut pages);
-        assert!(allocator.take(4, &mut pages));
-        assert_eq!(pages, [0, 1, 2, 3]);
+    /// Names a full page of the caller's, which is never written again. A page whose like is known already stays
+    /// without a name.
+    pub(crate) fn name(&mut self, page: u32, name: PageHash) {
+        debug_assert!(self.pages[page as usize].owners > 0, "only an owner names a page");
+        debug_assert!(self.pages[page as usize].name.is_none(), "a page is named once");
+        self.named.entry(name).or_insert_with(|| {
+            self.pages[page as usize].name = Some(name);
+            page
+        });
     }
 
-    #[test]
-    fn a_page_holds_as_many_tokens_as_a_tile() {
-        assert_eq!(pages_for(0), 0);
-        assert_eq!(pages_for(1), 1);
-        assert_eq!(pages_for(KV_PAGE_TOKENS), 1);
-        assert_eq!(pages_for(KV_PAGE_TOKENS + 1), 2);
+    /// The pages of the longest prefix of `names` that is known.
+    pub(crate) fn find(&self, names: &[PageHash]) -> Vec<u32> {
+        names.iter().map_while(|name| self.named.get(name).copied()).collect()
+    }
+
+    /// Makes the caller one more owner of all of `pages`, which were just found.
+    pub(crate) fn share(&mut self, pages: &[u32]) {
+        for &number in pages {
+            let page = &mut self.pages[number as usize];
+            if page.owners == 0 {
+                self.idle.remove(&page.idle_since);
+            }
+            page.owners += 1;
+        }
+    }
+
+    /// Whether nobody has `page`.
+    pub(crate) fn is_free(&self, page: u32) -> bool {
+        self.pages[page as usize].owners == 0
+    }
+
+    /// Pages that nobody has.
+    pub(crate) fn num_free(&self) -> usize {
+        self.blank.len() + self.idle.len()
+    }
+
+    /// Pages that nobody has and that hold what a request may begin with.
+    pub(crate) fn num_idle(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Pages that somebody has.
+    pub(crate) fn num_used(&self) -> usize {
+        self.total() - self.num_free()
+    }
+
+    /// All pages.
+    pub(crate) fn total(&self) -> usize {
+        self.pages.len()
     }
 }
+
+#[cfg(test)]
+mod tests;

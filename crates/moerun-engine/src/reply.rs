@@ -147,6 +147,7 @@ mod tests {
         TokenEvent::Token {
             id,
             logprobs: None,
+            cached_tokens: 0,
             finish,
         }
     }

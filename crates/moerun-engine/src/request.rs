@@ -44,6 +44,8 @@ pub enum TokenEvent {
         id: u32,
         /// Its log-probability and the likeliest others, if asked for.
         logprobs: Option<Vec<LogprobEntry>>,
+        /// Leading tokens of the prompt that the prefix cache had when the sequence started; the same in every event.
+        cached_tokens: usize,
         /// Set on the last token.
         finish: Option<FinishReason>,
     },

@@ -1,16 +1,19 @@
-//! Which rows run next: admission, chunks, preemption. Moves sequences and pages about; knows no model.
+//! Which rows run next: admission, chunks, drafts, preemption. Moves sequences and pages about; knows no model.
 //!
 //! Both lists are in order of arrival. Decode rows come first, then prefill chunks, oldest first, then newcomers, as
 //! long as the step has rows left. What makes progress certain: the oldest running sequence is never preempted for
 //! another one, and a sequence alone always fits (requests are checked for that before they come here).
 
 use std::collections::VecDeque;
-use std::ops::Range;
 
 use moerun_kernels::KV_PAGE_TOKENS;
 
-use crate::pages::{PageAllocator, pages_for};
-use crate::sequence::Sequence;
+use crate::chunk::Chunk;
+use crate::draft;
+use crate::page_hash::RopeSet;
+use crate::pages::{PagePool, pages_for};
+use crate::sequence::{Answer, Sequence};
+use crate::{EngineError, EngineStats};
 
 /// Bounds of a scheduler.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +24,10 @@ pub(crate) struct SchedulerConfig {
     pub(crate) num_pages: u32,
     /// For longrope: the length above which the long factors apply, and a cache filled with the short ones is void.
     pub(crate) long_rope_above: Option<usize>,
+    /// Whether full pages are named and shared.
+    pub(crate) prefix_cache: bool,
+    /// Most tokens drafted for one sequence in one step; 0 = none.
+    pub(crate) speculate: usize,
 }
 
 /// Sequences that wait and that run, and their pages.
@@ -29,29 +36,21 @@ pub(crate) struct Scheduler {
     config: SchedulerConfig,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    pages: PageAllocator,
-    preemptions: u64,
-}
-
-/// One sequence's share of a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Chunk {
-    /// Index in [`Scheduler::running`].
-    pub(crate) sequence: usize,
-    /// Positions to run; they start where the sequence's cache ends.
-    pub(crate) positions: Range<usize>,
+    pages: PagePool,
+    /// What is counted from the start on; the other counts stay 0.
+    counted: EngineStats,
 }
 
 impl Scheduler {
     /// Nothing waits or runs.
     pub(crate) fn new(config: SchedulerConfig) -> Self {
-        let pages = PageAllocator::new(config.num_pages);
+        let pages = PagePool::new(config.num_pages);
         Self {
             config,
             waiting: VecDeque::new(),
             running: Vec::new(),
             pages,
-            preemptions: 0,
+            counted: EngineStats::default(),
         }
     }
 
@@ -80,6 +79,11 @@ impl Scheduler {
         while !preempted && budget > 0 && self.admit() {
             budget -= self.plan_chunk(self.running.len() - 1, budget, &mut chunks);
         }
+        // Last, so that a guess never takes a row that somebody certainly needs.
+        for chunk in &mut chunks {
+            self.draft(chunk, budget);
+            budget -= chunk.draft.len();
+        }
         chunks
     }
 
@@ -91,22 +95,95 @@ impl Scheduler {
             chunks.push(Chunk {
                 sequence: index,
                 positions: sequence.cached..sequence.cached + rows,
+                draft: Vec::new(),
             });
         }
         rows
     }
 
+    /// Adds up to `budget` drafted tokens to a chunk that reaches the end of what is known, as far as there are pages
+    /// that nobody is about to need.
+    fn draft(&mut self, chunk: &mut Chunk, budget: usize) {
+        let reserve = self.reserve();
+        let sequence = &mut self.running[chunk.sequence];
+        let known = sequence.tokens.len();
+        if chunk.positions.end < known {
+            return;
+        }
+        // A token past the limit would be computed with the long factors, and all before it again.
+        let same_rope = match self.config.long_rope_above {
+            Some(limit) if sequence.rope_length <= limit => limit - known,
+            _ => usize::MAX,
+        };
+        let most = self
+            .config
+            .speculate
+            .min(budget)
+            .min(sequence.max_draft())
+            .min(same_rope);
+        if most == 0 {
+            return;
+        }
+        chunk.draft = draft::look_up(&sequence.tokens, most);
+        let missing = pages_for(known + chunk.draft.len()).saturating_sub(sequence.pages.len());
+        let has_room = missing + reserve <= self.pages.num_free() || missing == 0;
+        if !(has_room && self.pages.take(missing, &mut sequence.pages)) {
+            chunk.draft.truncate(sequence.pages.len() * KV_PAGE_TOKENS - known);
+        }
+    }
+
+    /// Takes in what a step found out about `chunk`, tells the client, and names the pages that are full now.
+    pub(crate) fn take_in(
+        &mut self,
+        chunk: &Chunk,
+        answers: impl IntoIterator<Item = Result<Answer, EngineError>>,
+    ) -> Result<(), EngineError> {
+        let sequence = &mut self.running[chunk.sequence];
+        let accepted = sequence.take_in(chunk, answers)?;
+        self.counted.drafted_tokens += chunk.draft.len() as u64;
+        self.counted.accepted_tokens += accepted as u64;
+        if self.config.prefix_cache {
+            let names = sequence.hashes.of_full_pages(&sequence.tokens[..sequence.cached]);
+            for (&page, &name) in sequence.pages.iter().zip(names).skip(sequence.settled_pages) {
+                self.pages.name(page, name);
+            }
+            sequence.settled_pages = names.len();
+        }
+        Ok(())
+    }
+
     /// A sequence that has outgrown the short longrope factors is computed anew with the long ones, as transformers
-    /// does. It keeps its pages: every position is written again before it is read.
+    /// does, in other pages: others may read those that it has.
     fn restart_long_sequences(&mut self) {
         let Some(limit) = self.config.long_rope_above else {
             return;
         };
-        for sequence in &mut self.running {
+        for index in 0..self.running.len() {
+            let sequence = &mut self.running[index];
             if sequence.tokens.len() > limit && sequence.rope_length <= limit {
-                sequence.begin_fill();
+                self.pages.give_back(&mut sequence.pages);
+                let prefix = cached_prefix(&self.config, &self.pages, sequence);
+                self.begin_fill(index, prefix);
             }
         }
+    }
+
+    /// Starts a running sequence that has no pages with those of `prefix`, just found.
+    fn begin_fill(&mut self, index: usize, prefix: Vec<u32>) {
+        let sequence = &mut self.running[index];
+        debug_assert!(sequence.pages.is_empty(), "pages of a sequence that starts");
+        self.pages.share(&prefix);
+        sequence.pages = prefix;
+        sequence.begin_fill(sequence.pages.len());
+        if self.config.prefix_cache {
+            self.counted.prefix_queried_tokens += sequence.tokens.len() as u64;
+            self.counted.prefix_hit_tokens += sequence.cached as u64;
+        }
+    }
+
+    /// Pages that the running sequences ask for in one step on average.
+    fn reserve(&self) -> usize {
+        self.running.len().div_ceil(KV_PAGE_TOKENS)
     }
 
     /// Gives every running sequence, oldest first, the pages that its tokens need, preempting the youngest where there
@@ -134,7 +211,7 @@ impl Scheduler {
         tracing::debug!(sequence = %sequence.id, tokens = sequence.tokens.len(), "preempted: the cache is full");
         self.pages.give_back(&mut sequence.pages);
         self.waiting.push_front(sequence);
-        self.preemptions += 1;
+        self.counted.preemptions += 1;
     }
 
     /// Starts the sequence that has waited longest, if there is room for all the tokens it has; says whether it did.
@@ -142,21 +219,22 @@ impl Scheduler {
         if self.running.len() >= self.max_running() {
             return false;
         }
-        let Some(front) = self.waiting.front() else {
+        let Some(front) = self.waiting.front_mut() else {
             return false;
         };
-        // What the running sequences ask for in one step on average stays free, or the newcomer would soon be preempted.
-        let reserve = self.running.len().div_ceil(KV_PAGE_TOKENS);
-        let needed = pages_for(front.tokens.len());
-        if needed + reserve > self.pages.num_free() {
+        let prefix = cached_prefix(&self.config, &self.pages, front);
+        let new = pages_for(front.tokens.len()) - prefix.len();
+        let woken = prefix.iter().filter(|&&page| self.pages.is_free(page)).count();
+        // A reserve stays free, or the newcomer would soon be preempted.
+        if new + woken + self.reserve() > self.pages.num_free() {
             return false;
         }
-        let mut sequence = self.waiting.pop_front().expect("there is a front");
-        let taken = self.pages.take(needed, &mut sequence.pages);
-        debug_assert!(taken, "pages were counted above");
-        sequence.begin_fill();
-        sequence.place = None;
+        let sequence = self.waiting.pop_front().expect("there is a front");
         self.running.push(sequence);
+        let index = self.running.len() - 1;
+        self.begin_fill(index, prefix);
+        let taken = self.pages.take(new, &mut self.running[index].pages);
+        debug_assert!(taken, "pages were counted above");
         true
     }
 
@@ -203,15 +281,32 @@ impl Scheduler {
             .count()
     }
 
-    /// How often a sequence was preempted, so far.
-    pub(crate) fn preemptions(&self) -> u64 {
-        self.preemptions
+    /// Counts, as of now.
+    pub(crate) fn stats(&self) -> EngineStats {
+        EngineStats {
+            running: self.running.len(),
+            waiting: self.num_preempted(),
+            pages_used: self.pages.num_used(),
+            pages_cached: self.pages.num_idle(),
+            pages_total: self.pages.total(),
+            ..self.counted
+        }
     }
+}
 
-    /// The pages.
-    pub(crate) fn pages(&self) -> &PageAllocator {
-        &self.pages
+/// Pages that hold the longest prefix of a sequence that starts now, of those that it need not compute.
+fn cached_prefix(config: &SchedulerConfig, pages: &PagePool, sequence: &mut Sequence) -> Vec<u32> {
+    if !config.prefix_cache {
+        return Vec::new();
     }
+    let is_long = config
+        .long_rope_above
+        .is_some_and(|limit| sequence.tokens.len() > limit);
+    sequence
+        .hashes
+        .set_rope(if is_long { RopeSet::Long } else { RopeSet::Short });
+    let skippable = sequence.skippable();
+    pages.find(sequence.hashes.of_full_pages(&sequence.tokens[..skippable]))
 }
 
 #[cfg(test)]

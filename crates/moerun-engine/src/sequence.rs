@@ -3,9 +3,12 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use moerun_kernels::KV_PAGE_TOKENS;
 use moerun_types::SequenceId;
 use tokio::sync::mpsc;
 
+use crate::chunk::Chunk;
+use crate::page_hash::{PageHashes, RopeSet};
 use crate::reply::{QueuePlace, Reply};
 use crate::{EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, SamplingParams, TokenEvent};
 
@@ -20,6 +23,10 @@ pub(crate) struct Sequence {
     pub(crate) cached: usize,
     /// Its pages, in order of position.
     pub(crate) pages: Vec<u32>,
+    /// Leading pages that were found in the prefix cache or offered to it: full, and never written again.
+    pub(crate) settled_pages: usize,
+    /// Names of its full pages.
+    pub(crate) hashes: PageHashes,
     /// Tokens known when the cache was begun: decides which longrope factors the cached keys were turned with.
     pub(crate) rope_length: usize,
     /// Its place in the queue until it starts for the first time.
@@ -41,6 +48,8 @@ pub(crate) enum Task {
 #[derive(Debug)]
 pub(crate) struct Generation {
     prompt_tokens: usize,
+    /// Leading tokens of the prompt that the prefix cache had when the sequence first started.
+    cached_tokens: usize,
     max_tokens: usize,
     stop_token_ids: Vec<u32>,
     /// How the next token is chosen.
@@ -91,6 +100,7 @@ impl Sequence {
         };
         let task = Task::Generate(Generation {
             prompt_tokens: request.prompt_ids.len(),
+            cached_tokens: 0,
             max_tokens: request.max_tokens,
             stop_token_ids: request.stop_token_ids,
             sampling: request.sampling,
@@ -122,16 +132,46 @@ impl Sequence {
             tokens,
             cached: 0,
             pages: Vec::new(),
+            settled_pages: 0,
+            hashes: PageHashes::new(RopeSet::Short),
             rope_length: 0,
             place: Some(place),
             task,
         }
     }
 
-    /// Begins (again) to fill the cache, with the tokens known now.
-    pub(crate) fn begin_fill(&mut self) {
-        self.cached = 0;
+    /// Begins (again) to fill the cache, with the tokens known now and pages whose first `cached_pages` are full and
+    /// hold what they should.
+    pub(crate) fn begin_fill(&mut self, cached_pages: usize) {
+        self.cached = cached_pages * KV_PAGE_TOKENS;
+        self.settled_pages = cached_pages;
         self.rope_length = self.tokens.len();
+        // Only the first start gives up a place in the queue.
+        if self.place.take().is_some()
+            && let Task::Generate(generation) = &mut self.task
+        {
+            generation.cached_tokens = self.cached;
+        }
+    }
+
+    /// Leading tokens that need not be computed if the cache has them: all before the first whose logits are wanted.
+    pub(crate) fn skippable(&self) -> usize {
+        match &self.task {
+            Task::Generate(_) => self.tokens.len() - 1,
+            Task::Forward(logits) => logits.positions[logits.answered],
+        }
+    }
+
+    /// Most tokens that may be drafted behind those that are known: one fewer than it may still generate, as the step
+    /// finds one more than were drafted.
+    pub(crate) fn max_draft(&self) -> usize {
+        match &self.task {
+            Task::Generate(generation) => {
+                let generated = self.tokens.len() - generation.prompt_tokens;
+                generation.max_tokens - generated - 1
+            }
+            Task::Forward(_) => 0,
+        }
     }
 
     /// Tokens that are known and not yet in the cache.
@@ -139,31 +179,49 @@ impl Sequence {
         self.tokens.len() - self.cached
     }
 
-    /// Positions of `chunk` whose logits are wanted, ascending. `chunk` starts where the cache ends.
-    pub(crate) fn logits_wanted(&self, chunk: &Range<usize>) -> Vec<usize> {
+    /// Positions of `chunk` whose logits are wanted, ascending: drafted ones too, each the next token's if all drafted
+    /// before it are right. `chunk` starts where the cache ends.
+    pub(crate) fn logits_wanted(&self, chunk: &Chunk) -> Vec<usize> {
+        let Range { end, .. } = chunk.positions;
         match &self.task {
-            Task::Generate(_) if chunk.end == self.tokens.len() => vec![chunk.end - 1],
+            Task::Generate(_) if end == self.tokens.len() => (end - 1..end + chunk.draft.len()).collect(),
             Task::Generate(_) => Vec::new(),
             Task::Forward(logits) => {
                 let open = &logits.positions[logits.answered..];
-                open[..open.partition_point(|&position| position < chunk.end)].to_vec()
+                open[..open.partition_point(|&position| position < end)].to_vec()
             }
         }
     }
 
-    /// Takes in what a step found out, in the order of [`Sequence::logits_wanted`], and tells the client.
-    pub(crate) fn answer(&mut self, answer: Answer) {
-        match (&mut self.task, answer) {
-            (Task::Generate(generation), Answer::Token { id, logprobs }) => {
-                self.tokens.push(id);
-                let generated = self.tokens.len() - generation.prompt_tokens;
-                generation.tell(id, logprobs, generated);
-            }
-            (Task::Forward(logits), Answer::Logits(row)) => logits.tell(row),
-            (Task::Generate(_), Answer::Logits(_)) | (Task::Forward(_), Answer::Token { .. }) => {
-                unreachable!("a step answers a task with the task's own kind of answer")
+    /// Takes in what a step found out about `chunk`, in the order of [`Sequence::logits_wanted`], and tells the client.
+    /// Returns how many of the drafted tokens were right; answers behind a wrong one mean nothing and are dropped,
+    /// errors among them.
+    pub(crate) fn take_in(
+        &mut self,
+        chunk: &Chunk,
+        answers: impl IntoIterator<Item = Result<Answer, EngineError>>,
+    ) -> Result<usize, EngineError> {
+        self.cached = chunk.positions.end;
+        let mut accepted = 0;
+        for answer in answers {
+            match (&mut self.task, answer?) {
+                (Task::Generate(generation), Answer::Token { id, logprobs }) => {
+                    self.tokens.push(id);
+                    let generated = self.tokens.len() - generation.prompt_tokens;
+                    generation.tell(id, logprobs, generated);
+                    if generation.reply.is_over() || chunk.draft.get(accepted) != Some(&id) {
+                        break;
+                    }
+                    accepted += 1;
+                    self.cached += 1;
+                }
+                (Task::Forward(logits), Answer::Logits(row)) => logits.tell(row),
+                (Task::Generate(_), Answer::Logits(_)) | (Task::Forward(_), Answer::Token { .. }) => {
+                    unreachable!("a step answers a task with the task's own kind of answer")
+                }
             }
         }
+        Ok(accepted)
     }
 
     /// Ends the sequence with `error`.
@@ -195,7 +253,12 @@ impl Generation {
         } else {
             None
         };
-        let event = TokenEvent::Token { id, logprobs, finish };
+        let event = TokenEvent::Token {
+            id,
+            logprobs,
+            cached_tokens: self.cached_tokens,
+            finish,
+        };
         if finish.is_some() {
             self.reply.finish(event)
         } else {

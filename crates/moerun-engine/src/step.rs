@@ -1,7 +1,9 @@
 //! One step: the rows of a plan through the model, and what follows from their logits.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
@@ -10,9 +12,9 @@ use moerun_kernels::CpuPool;
 use moerun_model::{KvCache, Model, Step, StepSequence};
 use ndarray::{Array2, ArrayView1, Axis};
 
+use crate::chunk::Chunk;
 use crate::forward::forward_step;
 use crate::sampler;
-use crate::scheduler::Chunk;
 use crate::sequence::{Answer, Generation, Sequence, Task};
 use crate::{EngineError, LogprobEntry, SamplingParams};
 
@@ -30,35 +32,34 @@ pub(crate) struct Compute {
     pub(crate) pool: Arc<CpuPool>,
 }
 
-/// The answer to one row: for which sequence, and the answer or why there is none.
-pub(crate) type RowAnswer = (usize, Result<Answer, EngineError>);
+/// Answers to the rows of one chunk that want it, in order of position: each the answer or why there is none.
+pub(crate) type ChunkAnswers = Vec<Result<Answer, EngineError>>;
 
 /// A row of the batch whose logits are wanted.
 #[derive(Debug, Clone, Copy)]
 struct WantedRow {
     /// Row of the batch.
     row: usize,
-    /// Index of its sequence.
-    sequence: usize,
+    /// Index of its chunk.
+    chunk: usize,
     /// Its absolute position.
     position: usize,
 }
 
 impl Compute {
-    /// Runs `chunks` of `running` and answers the rows that want it, in order of sequence and position within each
-    /// chunk. Changes nothing but the cache, at the chunks' own positions, so a step that failed can be run again.
+    /// Runs `chunks` of `running` and answers the rows that want it, chunk by chunk. Changes nothing but the cache, at the chunks' own positions, so a step that failed can be run again.
     /// A panic comes back as an error.
     pub(crate) fn run(
         &self,
         running: &[Sequence],
         chunks: &[Chunk],
         kv: &mut KvCache,
-    ) -> Result<Vec<RowAnswer>, EngineError> {
+    ) -> Result<Vec<ChunkAnswers>, EngineError> {
         // A step that unwinds leaves behind only keys and values at positions that nobody reads before they are
         // written again.
         guarded(AssertUnwindSafe(|| {
             let (hidden_states, wanted) = self.forward(running, chunks, kv)?;
-            Ok(self.answer(running, &hidden_states, &wanted))
+            Ok(self.answer(running, chunks, &hidden_states, &wanted))
         }))
     }
 
@@ -72,24 +73,22 @@ impl Compute {
         let mut token_ids = Vec::new();
         let mut sequences = Vec::with_capacity(chunks.len());
         let mut wanted = Vec::new();
-        for &Chunk {
-            sequence: index,
-            ref positions,
-        } in chunks
-        {
-            let sequence = &running[index];
+        for (index, chunk) in chunks.iter().enumerate() {
+            let sequence = &running[chunk.sequence];
+            let Range { start, end } = chunk.positions;
             let first_row = token_ids.len();
-            token_ids.extend_from_slice(&sequence.tokens[positions.clone()]);
+            token_ids.extend_from_slice(&sequence.tokens[start..end]);
+            token_ids.extend_from_slice(&chunk.draft);
             sequences.push(StepSequence {
                 rows: first_row..token_ids.len(),
-                first_position: positions.start,
+                first_position: start,
                 start_position: 0,
                 pages: &sequence.pages,
                 rope_length: sequence.rope_length,
             });
-            wanted.extend(sequence.logits_wanted(positions).into_iter().map(|position| WantedRow {
-                row: first_row + position - positions.start,
-                sequence: index,
+            wanted.extend(sequence.logits_wanted(chunk).into_iter().map(|position| WantedRow {
+                row: first_row + position - start,
+                chunk: index,
                 position,
             }));
         }
@@ -99,29 +98,35 @@ impl Compute {
     }
 
     /// Logits of the rows that are wanted, and what their sequences make of them.
-    fn answer(&self, running: &[Sequence], hidden_states: &Array2<f32>, wanted: &[WantedRow]) -> Vec<RowAnswer> {
-        let mut answers = Vec::with_capacity(wanted.len());
+    fn answer(
+        &self,
+        running: &[Sequence],
+        chunks: &[Chunk],
+        hidden_states: &Array2<f32>,
+        wanted: &[WantedRow],
+    ) -> Vec<ChunkAnswers> {
+        let mut answers: Vec<ChunkAnswers> = chunks.iter().map(|_| Vec::new()).collect();
         for piece in wanted.chunks(LOGITS_ROWS) {
             let rows: Vec<usize> = piece.iter().map(|wanted| wanted.row).collect();
             let normed = self.model.final_norm(&hidden_states.select(Axis(0), &rows)); // [piece, hidden]
             let logits = self.model.logits(&self.pool, &normed); // [piece, vocab]
             let results: Vec<OnceLock<Result<Answer, EngineError>>> = piece.iter().map(|_| OnceLock::new()).collect();
             self.pool.run(piece.len(), &|row| {
-                let wanted = piece[row];
-                let answer = answer_row(&running[wanted.sequence].task, logits.row(row), wanted.position);
+                let WantedRow { chunk, position, .. } = piece[row];
+                let chunk = &chunks[chunk];
+                let answer = answer_row(&running[chunk.sequence].task, chunk, logits.row(row), position);
                 results[row].set(answer).expect("each task runs once");
             });
-            let results = results
-                .into_iter()
-                .map(|result| result.into_inner().expect("every task ran"));
-            answers.extend(piece.iter().map(|wanted| wanted.sequence).zip(results));
+            for (wanted, result) in piece.iter().zip(results) {
+                answers[wanted.chunk].push(result.into_inner().expect("every task ran"));
+            }
         }
         answers
     }
 }
 
-/// What a sequence makes of the logits at `position`, `[vocab]`.
-fn answer_row(task: &Task, logits: ArrayView1<'_, f32>, position: usize) -> Result<Answer, EngineError> {
+/// What a sequence makes of the logits at `position` of its chunk, `[vocab]`.
+fn answer_row(task: &Task, chunk: &Chunk, logits: ArrayView1<'_, f32>, position: usize) -> Result<Answer, EngineError> {
     let logits = logits.to_slice().expect("a row of logits is contiguous");
     match task {
         Task::Forward(_) => Ok(Answer::Logits(logits.to_vec())),
@@ -131,7 +136,13 @@ fn answer_row(task: &Task, logits: ArrayView1<'_, f32>, position: usize) -> Resu
             seen,
             ..
         }) => {
-            let (id, logprobs) = next_token(logits, sampling, *logprobs, seen, position + 1)?;
+            let drafted = chunk.drafted_up_to(position);
+            let seen = if sampling.repetition_penalty == 1.0 || drafted.is_empty() {
+                Cow::Borrowed(seen)
+            } else {
+                Cow::Owned(seen.iter().chain(drafted).copied().collect())
+            };
+            let (id, logprobs) = next_token(logits, sampling, *logprobs, &seen, position + 1)?;
             Ok(Answer::Token { id, logprobs })
         }
     }

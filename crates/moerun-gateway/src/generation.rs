@@ -22,6 +22,7 @@ pub struct Generation {
     stop_strings: StopStrings,
     prompt_tokens: usize,
     completion_tokens: usize,
+    cached_tokens: usize,
 }
 
 impl Generation {
@@ -39,6 +40,7 @@ impl Generation {
             stop_strings,
             prompt_tokens,
             completion_tokens: 0,
+            cached_tokens: 0,
         }
     }
 
@@ -84,6 +86,7 @@ impl Generation {
             reason,
             prompt_tokens,
             completion_tokens,
+            cached_tokens: self.cached_tokens,
         });
         TextEvent {
             token_id: id,
@@ -103,7 +106,15 @@ impl Stream for Generation {
             return Poll::Ready(None);
         };
         let event = match ready!(tokens.poll_recv(context)) {
-            Some(TokenEvent::Token { id, logprobs, finish }) => Ok(self.token(id, logprobs, finish)),
+            Some(TokenEvent::Token {
+                id,
+                logprobs,
+                cached_tokens,
+                finish,
+            }) => {
+                self.cached_tokens = cached_tokens;
+                Ok(self.token(id, logprobs, finish))
+            }
             Some(TokenEvent::Failed(error)) => Err(error.into()),
             None => Err(GatewayError::EngineGone),
         };
@@ -126,6 +137,7 @@ mod tests {
         TokenEvent::Token {
             id,
             logprobs: None,
+            cached_tokens: 2,
             finish,
         }
     }
@@ -178,7 +190,8 @@ mod tests {
                 Finish {
                     reason: FinishReason::Stop,
                     prompt_tokens: 3,
-                    completion_tokens: seen.len()
+                    completion_tokens: seen.len(),
+                    cached_tokens: 2,
                 }
             );
         }
@@ -249,6 +262,7 @@ mod tests {
         let event = TokenEvent::Token {
             id: the,
             logprobs,
+            cached_tokens: 0,
             finish: Some(FinishReason::Length),
         };
         let event = generation(&[], vec![event]).0.next().await.unwrap().unwrap();

@@ -97,6 +97,8 @@ pub struct Finish {
     pub prompt_tokens: usize,
     /// Tokens generated, the one that ended the text included.
     pub completion_tokens: usize,
+    /// Leading tokens of the prompt that were not computed again.
+    pub cached_tokens: usize,
 }
 
 /// What a checkpoint says about requests that do not say it themselves.

@@ -4,7 +4,7 @@ mod environment;
 
 use std::{env, path::PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
@@ -65,6 +65,18 @@ pub(crate) struct ServingFlags {
     #[serde(skip_serializing_if = "Option::is_none")]
     max_queue: Option<usize>,
 
+    /// Whether keys and values of prompts are kept for requests that begin alike: on or off; the answers are the same
+    /// [default: on]
+    #[arg(long, value_name = "on|off", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefix_cache: Option<Switch>,
+
+    /// Most tokens guessed from a text's own repetitions and verified in one step; the answers are the same, 0 guesses
+    /// none [default: 0]
+    #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    speculate: Option<usize>,
+
     /// Name of the model in requests [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -85,6 +97,16 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "FILE", env = "MOERUN_CONFIG", help_heading = "Settings and logs")]
     #[serde(skip)]
     config: Option<PathBuf>,
+}
+
+/// A setting that is on or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// Settings that only some commands have as flags, given to [`Settings::load`] by those commands.
@@ -164,6 +186,10 @@ pub(crate) struct Settings {
     pub(crate) max_batch_tokens: usize,
     /// Most requests that wait.
     pub(crate) max_queue: usize,
+    /// Whether keys and values are kept for requests that begin alike.
+    pub(crate) prefix_cache: Switch,
+    /// Most tokens guessed and verified in one step.
+    pub(crate) speculate: usize,
     /// Name of the model in requests; `None` = the directory's name.
     pub(crate) served_name: Option<String>,
     /// `text` or `json`.
@@ -196,6 +222,8 @@ impl Default for Settings {
             max_context: None,
             max_batch_tokens: 512,
             max_queue: 256,
+            prefix_cache: Switch::On,
+            speculate: 0,
             served_name: None,
             log_format: LogFormat::Text,
             log_level: None,
@@ -244,6 +272,7 @@ impl Settings {
             ("combine_block", self.combine_block, 8, 1 << 20),
             ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),
             ("max_queue", Some(self.max_queue), 1, 1 << 20),
+            ("speculate", Some(self.speculate), 0, 256),
         ];
         for (name, value, least, most) in bounded {
             if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
@@ -304,7 +333,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(
             file,
-            "max_context = 64\nmax_queue = 7\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
+            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
         )
         .unwrap();
         let flags = ServingFlags {
@@ -315,6 +344,7 @@ mod tests {
         let settings = Settings::load(&flags, &RoleFlags::default()).unwrap();
         assert_eq!(settings.max_context, Some(32));
         assert_eq!(settings.max_queue, 7);
+        assert_eq!((settings.prefix_cache, settings.speculate), (Switch::Off, 4));
         assert_eq!(settings.kv_memory, Some(ByteSize(3 << 20)));
         assert_eq!(settings.worker, ["a:1"]);
         assert_eq!(settings.max_batch_tokens, 512);
@@ -325,6 +355,8 @@ mod tests {
         for (text, word) in [
             ("max_contxt = 64", "max_contxt"),
             ("max_queue = 0", "max_queue"),
+            ("prefix_cache = \"maybe\"", "prefix_cache"),
+            ("speculate = 257", "speculate"),
             ("weights = \"f64\"", "weights"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),

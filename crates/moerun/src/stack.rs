@@ -15,7 +15,7 @@ use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat,
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
 use crate::{
-    settings::{Settings, SettingsError},
+    settings::{Settings, SettingsError, Switch},
     size::ByteSize,
 };
 
@@ -152,6 +152,8 @@ impl Serving {
             max_context: experts.max_context,
             max_batch_tokens: settings.max_batch_tokens,
             max_queue: settings.max_queue,
+            prefix_cache: settings.prefix_cache == Switch::On,
+            speculate: settings.speculate,
         };
         let engine = Engine::start(
             Arc::clone(&experts.model),

@@ -39,6 +39,14 @@ pub(crate) const CONFIG: Sizes = Sizes {
     max_context: 256,
     max_batch_tokens: 32,
     max_queue: 64,
+    prefix_cache: true,
+    speculate: 0,
+};
+
+/// Nothing is shared and nothing guessed: what every other engine must equal.
+pub(crate) const PLAIN: Sizes = Sizes {
+    prefix_cache: false,
+    ..CONFIG
 };
 
 /// [`EngineConfig`] with the cache counted in pages.
@@ -48,6 +56,8 @@ pub(crate) struct Sizes {
     pub(crate) max_context: usize,
     pub(crate) max_batch_tokens: usize,
     pub(crate) max_queue: usize,
+    pub(crate) prefix_cache: bool,
+    pub(crate) speculate: usize,
 }
 
 /// A loaded golden checkpoint.
@@ -60,11 +70,26 @@ pub(crate) struct Fixture {
 }
 
 /// What a client got.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Completion {
     pub(crate) ids: Vec<u32>,
     pub(crate) logprobs: Vec<Option<Vec<LogprobEntry>>>,
     pub(crate) finish: FinishReason,
+    pub(crate) cached_tokens: usize,
+}
+
+/// Equal answers, bit for bit, whatever of them was computed anew.
+impl PartialEq for Completion {
+    fn eq(&self, other: &Self) -> bool {
+        let bits = |completion: &Completion| -> Vec<Option<Vec<(u32, u32)>>> {
+            let entry = |entry: &LogprobEntry| (entry.id, entry.logprob.to_bits());
+            let logprobs = completion.logprobs.iter();
+            logprobs
+                .map(|entries| entries.as_ref().map(|entries| entries.iter().map(entry).collect()))
+                .collect()
+        };
+        (&self.ids, self.finish, bits(self)) == (&other.ids, other.finish, bits(other))
+    }
 }
 
 impl Fixture {
@@ -105,6 +130,8 @@ impl Fixture {
             max_context,
             max_batch_tokens,
             max_queue,
+            prefix_cache,
+            speculate,
         } = sizes;
         let kv_memory_bytes = pages * KvCache::page_bytes(self.model.config()) as u64;
         let config = EngineConfig {
@@ -112,6 +139,8 @@ impl Fixture {
             max_context,
             max_batch_tokens,
             max_queue,
+            prefix_cache,
+            speculate,
         };
         let experts: Arc<dyn ExpertBackend> = Arc::clone(&self.experts) as _;
         Engine::start(Arc::clone(&self.model), experts, Arc::clone(&self.pool), config)
@@ -174,6 +203,7 @@ pub(crate) async fn collect(mut events: mpsc::Receiver<TokenEvent>) -> Result<Co
         ids: Vec::new(),
         logprobs: Vec::new(),
         finish: FinishReason::Length,
+        cached_tokens: 0,
     };
     loop {
         match next(&mut events).await.expect("an end before the channel closes") {
@@ -181,7 +211,18 @@ pub(crate) async fn collect(mut events: mpsc::Receiver<TokenEvent>) -> Result<Co
                 assert!(next(&mut events).await.is_none(), "something after a failure");
                 return Err(error);
             }
-            TokenEvent::Token { id, logprobs, finish } => {
+            TokenEvent::Token {
+                id,
+                logprobs,
+                cached_tokens,
+                finish,
+            } => {
+                let first = completion.ids.is_empty();
+                assert!(
+                    first || completion.cached_tokens == cached_tokens,
+                    "another count of cached tokens"
+                );
+                completion.cached_tokens = cached_tokens;
                 completion.ids.push(id);
                 completion.logprobs.push(logprobs);
                 if let Some(finish) = finish {

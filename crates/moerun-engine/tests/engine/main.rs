@@ -6,4 +6,5 @@ mod faulty;
 mod fixture;
 mod lifecycle;
 mod logits;
+mod reuse;
 mod sameness;

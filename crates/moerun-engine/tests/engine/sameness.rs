@@ -4,11 +4,11 @@ use moerun_engine::{EngineHandle, FinishReason, GenerateRequest, SamplingParams}
 
 use crate::faulty::Behaviour;
 use crate::fixture::{
-    CONFIG, Completion, Fixture, GREEDY, Sizes, collect, generate, greedy, ids, logits, pages_of, until_idle,
+    CONFIG, Completion, Fixture, GREEDY, PLAIN, Sizes, collect, generate, greedy, ids, logits, pages_of, until_idle,
 };
 
 /// Requests of many kinds and lengths.
-fn requests(fixture: &Fixture, count: usize) -> Vec<GenerateRequest> {
+pub(crate) fn requests(fixture: &Fixture, count: usize) -> Vec<GenerateRequest> {
     let request = |index: usize| {
         let sampled = SamplingParams {
             temperature: 0.7 + 0.1 * (index % 5) as f32,
@@ -31,7 +31,7 @@ fn requests(fixture: &Fixture, count: usize) -> Vec<GenerateRequest> {
     (0..count).map(request).collect()
 }
 
-async fn one_by_one(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Completion> {
+pub(crate) async fn one_by_one(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Completion> {
     let mut completions = Vec::new();
     for request in requests {
         completions.push(generate(handle, request.clone()).await);
@@ -39,7 +39,7 @@ async fn one_by_one(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec<
     completions
 }
 
-async fn all_at_once(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Completion> {
+pub(crate) async fn all_at_once(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Completion> {
     let events: Vec<_> = requests
         .iter()
         .map(|request| handle.generate(request.clone()).expect("accepted"))
@@ -55,7 +55,7 @@ async fn all_at_once(handle: &EngineHandle, requests: &[GenerateRequest]) -> Vec
 async fn sixteen_requests_together_say_what_each_says_alone() {
     let fixture = Fixture::load("qwen3_moe");
     let requests = requests(&fixture, 16);
-    let alone = one_by_one(&fixture.start(CONFIG).handle(), &requests).await;
+    let alone = one_by_one(&fixture.start(PLAIN).handle(), &requests).await;
     let requests_alone = fixture.experts.requests();
     for max_batch_tokens in [24, 7] {
         let engine = fixture.start(Sizes {
@@ -119,7 +119,7 @@ async fn greedy_text_is_that_of_the_golden_file() {
 async fn preempted_requests_say_what_they_say_with_room() {
     let fixture = Fixture::load("qwen3_moe");
     let requests = requests(&fixture, 12);
-    let alone = one_by_one(&fixture.start(CONFIG).handle(), &requests).await;
+    let alone = one_by_one(&fixture.start(PLAIN).handle(), &requests).await;
     let longest = requests
         .iter()
         .map(|request| request.prompt_ids.len() + request.max_tokens)
@@ -139,7 +139,7 @@ async fn preempted_requests_say_what_they_say_with_room() {
 #[tokio::test]
 async fn a_sequence_that_outgrows_the_short_longrope_factors_goes_on_with_the_long_ones() {
     let fixture = Fixture::load("phimoe"); // short factors up to 128
-    let engine = fixture.start(CONFIG);
+    let engine = fixture.start(PLAIN);
     let prompt = fixture.long_prompt(122);
     let completion = generate(&engine.handle(), greedy(prompt.clone(), 14)).await;
     let mut tokens = prompt;

@@ -75,6 +75,7 @@ pub(super) fn generate_response(event: TextEvent, combine_mode: String) -> v1::G
         usage: event.finish.map(|finish| v1::Usage {
             prompt_tokens: count(finish.prompt_tokens),
             completion_tokens: count(finish.completion_tokens),
+            cached_tokens: count(finish.cached_tokens),
         }),
         combine_mode,
     }

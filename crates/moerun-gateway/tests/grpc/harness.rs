@@ -122,6 +122,8 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
         max_context: MAX_CONTEXT,
         max_batch_tokens: 64,
         max_queue: 64,
+        prefix_cache: true,
+        speculate: 0,
     };
     change(&mut engine_config);
     let max_context = engine_config.max_context;

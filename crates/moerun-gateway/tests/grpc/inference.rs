@@ -5,6 +5,20 @@ use moerun_proto::v1;
 use crate::harness::{Golden, assert_close, floats, greedy, ids, start, token_prompt};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prompt_asked_again_is_answered_from_the_cache() {
+    let golden = Golden::open("qwen3_moe");
+    let served = start(&golden.dir).await;
+    let (prompt, ids) = (&golden.prompts()[0], &golden.greedy()[0]);
+    let kept = (prompt.len() - 1) / 16 * 16; // whole pages, and the last token is always computed
+    assert!(kept > 0);
+    for cached_tokens in [0, kept] {
+        let answer = served.generate(greedy(prompt, 24)).await.unwrap();
+        assert_eq!(&answer.token_ids(), ids);
+        assert_eq!(answer.last().usage.unwrap().cached_tokens as usize, cached_tokens);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn greedy_ids_and_text_are_the_references() {
     let golden = Golden::open("qwen3_moe");
     let served = start(&golden.dir).await;
@@ -14,6 +28,7 @@ async fn greedy_ids_and_text_are_the_references() {
         assert_eq!(answer.text(), text);
         assert_eq!(answer.last().finish_reason(), v1::FinishReason::Length);
         let usage = answer.last().usage.unwrap();
+        assert_eq!(usage.cached_tokens, 0);
         assert_eq!(
             (usage.prompt_tokens as usize, usage.completion_tokens),
             (prompt.len(), 24)
