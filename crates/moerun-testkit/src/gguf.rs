@@ -74,7 +74,7 @@ impl RawGguf {
         file
     }
 
-    /// What the converter makes of a checkpoint directory with one weight file of f32.
+    /// What the converter makes of a checkpoint directory with one weight file of f32, f16 or bf16; each tensor keeps its type.
     ///
     /// # Errors
     /// If a file is missing, or the family is none of llama, mixtral, qwen2_moe, qwen3, qwen3_moe, olmoe, granitemoe.
@@ -101,7 +101,12 @@ impl RawGguf {
                     "lm_head.weight" => "output.weight",
                     other => other,
                 };
-                gguf.push(name.to_owned(), tensor.shape.clone(), tensor.data.clone());
+                gguf.push(
+                    name.to_owned(),
+                    &tensor.dtype,
+                    tensor.shape.clone(),
+                    tensor.data.clone(),
+                );
                 continue;
             };
             if let Some((expert, matrix)) = rest
@@ -126,7 +131,12 @@ impl RawGguf {
                 for (first, name) in [(0, "ffn_gate_exps"), (1, "ffn_up_exps")] {
                     let data = tensor.data.chunks_exact(half).skip(first).step_by(2).flatten().copied();
                     let shape = vec![experts, both / 2, cols];
-                    gguf.push(format!("blk.{layer}.{name}.weight"), shape, data.collect());
+                    gguf.push(
+                        format!("blk.{layer}.{name}.weight"),
+                        &tensor.dtype,
+                        shape,
+                        data.collect(),
+                    );
                 }
             } else {
                 gguf.push_dense(layer, rest, tensor, &config, architecture);
@@ -136,7 +146,7 @@ impl RawGguf {
             experts.sort_by_key(|(expert, _)| *expert);
             let shape = [vec![experts.len()], experts[0].1.shape.clone()].concat();
             let data = experts.iter().flat_map(|(_, tensor)| &tensor.data).copied().collect();
-            gguf.push(name, shape, data);
+            gguf.push(name, &experts[0].1.dtype, shape, data);
         }
         Ok(gguf)
     }
@@ -171,13 +181,17 @@ impl RawGguf {
         if name == "ffn_gate_inp_shexp" {
             shape = vec![shape.iter().product()];
         }
-        self.push(format!("blk.{layer}.{name}.{kind}"), shape, data);
+        self.push(format!("blk.{layer}.{name}.{kind}"), &tensor.dtype, shape, data);
     }
 
-    fn push(&mut self, name: String, shape: Vec<usize>, data: Vec<u8>) {
+    fn push(&mut self, name: String, dtype: &str, shape: Vec<usize>, data: Vec<u8>) {
         self.tensors.push(GgufRawTensor {
             name,
-            type_code: 0,
+            type_code: match dtype {
+                "F16" => 1,
+                "BF16" => 30,
+                _ => 0,
+            },
             dims: shape.iter().rev().map(|&dim| dim as u64).collect(),
             data,
         });

@@ -191,8 +191,8 @@ pub(crate) struct ForwardArgs {
 /// `moerun inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Checkpoint directory
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint directory or GGUF file
+    #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: PathBuf,
 
     /// Print one JSON object
