@@ -2,6 +2,7 @@
 
 mod cluster;
 mod command_line;
+mod gguf;
 mod loading;
 mod malformed;
 mod parity;

@@ -24,6 +24,9 @@ pub enum GatewayError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A GGUF file has no tokenizer, or one that cannot be used here.
+    #[error(transparent)]
+    Gguf(#[from] moerun_weights::WeightsError),
     /// A conversation was sent to a model that has no chat template.
     #[error("{dir}: no chat template (wanted chat_template.jinja, or chat_template in tokenizer_config.json)")]
     NoChatTemplate {

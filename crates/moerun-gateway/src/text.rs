@@ -4,6 +4,7 @@ mod chat_template;
 mod clock;
 mod codec;
 mod detokenizer;
+mod gguf;
 mod json_filter;
 mod stop_strings;
 mod tokenizer_config;

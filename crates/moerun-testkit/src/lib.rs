@@ -9,6 +9,7 @@ mod number;
 mod raw_file;
 
 mod edit;
+mod gguf;
 mod lies;
 mod naive;
 mod tiny;
@@ -19,6 +20,7 @@ pub use edit::{
 };
 pub use error::TestkitError;
 pub use family::{ALL_FAMILIES, Family, golden_dir};
+pub use gguf::{GgufRawTensor, GgufValue, RawGguf};
 pub use lies::{LIE_PROMPT, Lie, Stage, lies};
 pub use naive::{NaiveForward, NaiveModel, NaiveMoeBlock};
 pub use number::{Element, decode, encode};

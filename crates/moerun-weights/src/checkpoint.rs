@@ -10,9 +10,11 @@ use moerun_types::{ExpertId, FeedForwardKind, LayerId, ModelConfig, NumberFormat
 use crate::{
     Dtype, ExpertSource, GenerationConfig, MatrixSource, TensorRole, WeightsError,
     directory::Directory,
-    expected::{ExpectedTensor, ModelPart, expected_tensors},
+    expected::{ExpectedTensor, ModelPart, expected_in, expected_tensors},
     expert::{self, ExpertParts},
+    gguf::{self, GgufFile},
     store::TensorStore,
+    tensor,
     verify::verify,
 };
 
@@ -47,12 +49,17 @@ impl Checkpoint {
     /// Reads the config and the headers of all shards, maps the shards, and checks every tensor against the config.
     /// No tensor data is read.
     ///
+    /// `dir` may also be a GGUF file, which holds config, tensors and tokenizer in one.
+    ///
     /// Weights are `model.safetensors`, or the shards that `model.safetensors.index.json` names. Shards that hold
     /// nothing but tensors which `needs` allows to be absent may be absent themselves.
     ///
     /// # Errors
     /// Whatever is wrong is named with what was wanted and what was found.
     pub fn open(dir: &Path, needs: Needs) -> Result<Self, WeightsError> {
+        if dir.is_file() {
+            return Self::open_gguf(dir, needs);
+        }
         let directory = Directory::open(dir)?;
         let config = read_config(&directory)?;
         let generation_config = match directory.read_text("generation_config.json", MAX_CONFIG_BYTES)? {
@@ -67,6 +74,26 @@ impl Checkpoint {
             .collect();
         let may_be_absent = |name: &str| !needed.contains(name.strip_prefix("language_model.").unwrap_or(name));
         let store = TensorStore::open(&directory, config.family, &may_be_absent)?;
+        Self::of_store(dir, config, generation_config, store, expected, needs)
+    }
+
+    /// A GGUF file: config and tensors come from its header.
+    fn open_gguf(path: &Path, needs: Needs) -> Result<Self, WeightsError> {
+        let file = GgufFile::open(path)?;
+        let config = ModelConfig::from_json(&gguf::config_json(&file)?)?;
+        let store = TensorStore::of_gguf(file, &config)?;
+        let expected = expected_in(&config, store.expert_layout(&config));
+        Self::of_store(path, config, GenerationConfig::default(), store, expected, needs)
+    }
+
+    fn of_store(
+        dir: &Path,
+        config: ModelConfig,
+        generation_config: GenerationConfig,
+        store: TensorStore,
+        expected: Vec<ExpectedTensor>,
+        needs: Needs,
+    ) -> Result<Self, WeightsError> {
         verify(&store, &config, &expected, needs)?;
         let dense = expected
             .into_iter()
@@ -120,8 +147,12 @@ impl Checkpoint {
                 found: shape.clone(),
             });
         };
-        expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
-            .ok_or(WeightsError::NoTensor { role })
+        let matrix = expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
+            .ok_or(WeightsError::NoTensor { role })?;
+        Ok(match self.paired_head(name) {
+            Some(head) => matrix.with_paired_head(head),
+            None => matrix,
+        })
     }
 
     /// A vector outside the experts, as f32.
@@ -136,7 +167,15 @@ impl Checkpoint {
         };
         let source =
             expert::whole_matrix(&self.store, name, [1, length], None).ok_or(WeightsError::NoTensor { role })?;
-        Ok(expert::read_vector(&source))
+        let stored = expert::read_vector(&source);
+        Ok(match self.paired_head(name) {
+            Some(head) => (0..length).map(|index| stored[tensor::paired(head, index)]).collect(),
+            None => stored,
+        })
+    }
+
+    fn paired_head(&self, name: &str) -> Option<usize> {
+        self.store.get(name)?.paired_head
     }
 
     /// One expert's matrices and biases; an error if it is not there.
@@ -145,7 +184,8 @@ impl Checkpoint {
     }
 
     /// The number format that is used unless another is asked for: that of most of the weights that are there, f16
-    /// counting as f32; for weights that are quantised on disk, that of the config, bf16 unless it says f32.
+    /// counting as f32 and blocks of GGUF as bf16; for other weights that are quantised on disk, that of the config, bf16
+    /// unless it says f32.
     pub fn default_format(&self) -> NumberFormat {
         let configured = || match self.config.stored_dtype {
             Some(StoredDtype::F32) => NumberFormat::F32,
@@ -155,7 +195,7 @@ impl Checkpoint {
             return configured();
         }
         let (mut wide, mut narrow) = (0u64, 0u64);
-        for tensor in expected_tensors(&self.config)
+        for tensor in expected_in(&self.config, self.store.expert_layout(&self.config))
             .iter()
             .filter(|tensor| tensor.shape.len() > 1)
         {
@@ -164,7 +204,7 @@ impl Checkpoint {
             };
             let elements: u64 = stored.shape.iter().map(|&dim| dim as u64).product();
             match stored.element.dtype {
-                Some(Dtype::Bf16) => narrow += elements,
+                Some(Dtype::Bf16 | Dtype::Block(_)) => narrow += elements,
                 _ => wide += elements,
             }
         }

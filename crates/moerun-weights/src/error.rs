@@ -145,6 +145,18 @@ pub enum WeightsError {
         /// What the header says.
         found: String,
     },
+    /// Something in a GGUF file is not as it must be.
+    #[error("{path}: {what}: wanted {wanted}, found {found}")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// The key, the tensor or the part of the header.
+        what: String,
+        /// What would be possible.
+        wanted: String,
+        /// What there is.
+        found: String,
+    },
     /// Two tensors of one name.
     #[error("tensor {tensor} is twice in the checkpoint: in {first} and in {second}")]
     Duplicate {

@@ -5,7 +5,7 @@ use moerun_types::{LayerId, ModelConfig, WeightQuantization};
 use crate::{
     Dtype, LayerTensor, TensorRole,
     dense_tensors::dense_tensors,
-    expert_tensors::{ExpertTensorKind, expert_tensors},
+    expert_tensors::{ExpertLayout, ExpertTensorKind, expert_tensors},
     tensor_names,
 };
 
@@ -51,7 +51,8 @@ impl ExpectedTypes {
     /// Whether a tensor may have this type.
     pub fn allow(self, dtype: Dtype) -> bool {
         match dtype {
-            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => self != ExpectedTypes::Packed,
+            // Blocks come from GGUF alone, which has them in place of plain elements.
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 | Dtype::Block(_) => self != ExpectedTypes::Packed,
             Dtype::F8E4M3 => matches!(self, ExpectedTypes::PlainOrFp8 { .. }),
             Dtype::U8 => self == ExpectedTypes::Packed,
         }
@@ -70,6 +71,11 @@ impl ExpectedTypes {
 /// Every tensor that a checkpoint of `config` must hold, the gateway's first, then the experts' layer by layer. The
 /// scales of fp8 tensors are not listed: they follow from the type that a tensor turns out to have.
 pub fn expected_tensors(config: &ModelConfig) -> Vec<ExpectedTensor> {
+    expected_in(config, ExpertLayout::of(config))
+}
+
+/// As [`expected_tensors`], with the experts in another layout than the family's own.
+pub(crate) fn expected_in(config: &ModelConfig, layout: ExpertLayout) -> Vec<ExpectedTensor> {
     let mut expected: Vec<ExpectedTensor> = dense_tensors(config)
         .into_iter()
         .map(|(role, shape)| ExpectedTensor {
@@ -86,7 +92,7 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<ExpectedTensor> {
     let Some(moe) = &config.moe else { return expected };
     for layer in config.moe_layers() {
         expected.extend(
-            expert_tensors(config, moe, layer)
+            expert_tensors(config, moe, layout, layer)
                 .into_iter()
                 .map(|tensor| ExpectedTensor {
                     name: tensor.name,

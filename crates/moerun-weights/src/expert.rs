@@ -113,6 +113,7 @@ pub(crate) fn whole_matrix<'a>(
                 block,
             ))
         }
+        (Dtype::Block(block), _) => Some(MatrixSource::blocks(block, tensor.bytes, shape)),
         _ => Some(MatrixSource::row_major(tensor.dtype, tensor.bytes, shape)),
     }
 }
@@ -143,7 +144,7 @@ pub(crate) fn find<'a>(
             Some(stacked("down_proj_bias")?.matrix([1, hidden], 0, hidden, 1)),
         ))
     };
-    let layout = ExpertLayout::of(config);
+    let layout = store.expert_layout(config);
     let (gate, up, down) = match layout {
         ExpertLayout::Separate { gate, up, down } => {
             let block = crate::checkpoint::fp8_block(config);

@@ -49,7 +49,20 @@ pub(crate) struct ExpertTensor {
     pub(crate) kind: ExpertTensorKind,
 }
 
+/// What the matrices of GGUF's experts are called here, whatever the family: a stack per matrix becomes one tensor per
+/// expert when it is read.
+pub(crate) const GGUF_GATE: &str = "gate_proj";
+pub(crate) const GGUF_UP: &str = "up_proj";
+pub(crate) const GGUF_DOWN: &str = "down_proj";
+
 impl ExpertLayout {
+    /// The layout of GGUF files.
+    pub(crate) const GGUF: ExpertLayout = ExpertLayout::Separate {
+        gate: GGUF_GATE,
+        up: GGUF_UP,
+        down: GGUF_DOWN,
+    };
+
     pub(crate) fn of(config: &ModelConfig) -> Self {
         match config.family {
             Family::Mixtral | Family::PhiMoe => ExpertLayout::Separate {
@@ -85,7 +98,12 @@ pub(crate) fn stacked_name(family: Family, layer: LayerId, tensor: &str) -> Stri
 }
 
 /// Names and shapes of the tensors that hold the experts of one MoE layer.
-pub(crate) fn expert_tensors(config: &ModelConfig, moe: &MoeConfig, layer: LayerId) -> Vec<ExpertTensor> {
+pub(crate) fn expert_tensors(
+    config: &ModelConfig,
+    moe: &MoeConfig,
+    layout: ExpertLayout,
+    layer: LayerId,
+) -> Vec<ExpertTensor> {
     use ExpertTensorKind::{Bias, Packed, Weights};
     let (experts, hidden, intermediate) = (moe.num_experts, config.hidden, moe.intermediate);
     let stacked = |tensor, shape: &[usize], kind| ExpertTensor {
@@ -93,7 +111,7 @@ pub(crate) fn expert_tensors(config: &ModelConfig, moe: &MoeConfig, layer: Layer
         shape: shape.to_vec(),
         kind,
     };
-    match ExpertLayout::of(config) {
+    match layout {
         ExpertLayout::Separate { gate, up, down } => (0..experts)
             .flat_map(|expert| {
                 let expert = ExpertId(expert as u16);

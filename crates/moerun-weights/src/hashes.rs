@@ -5,7 +5,7 @@ use moerun_types::{BlockRange, ExpertId, LayerId};
 
 use crate::{
     Checkpoint, LayerTensor, MatrixSource, TensorRole, WeightsError,
-    expected::{ExpectedTensor, ModelPart, expected_tensors, scale_name},
+    expected::{ExpectedTensor, ModelPart, expected_in, scale_name},
     expert::ExpertParts,
     store::StoredTensor,
 };
@@ -76,7 +76,7 @@ impl Checkpoint {
 
     fn header_hash(&self, belongs: impl Fn(ModelPart) -> bool) -> Option<String> {
         let mut lines = Vec::new();
-        for ExpectedTensor { name, part, .. } in expected_tensors(&self.config) {
+        for ExpectedTensor { name, part, .. } in expected_in(&self.config, self.store.expert_layout(&self.config)) {
             if !belongs(part) {
                 continue;
             }

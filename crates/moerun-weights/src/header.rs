@@ -26,9 +26,20 @@ const LENGTH_BYTES: usize = 8;
 pub(crate) struct ElementType {
     /// Its name in the header.
     pub(crate) name: &'static str,
+    /// Bytes of one element, or of a block.
     bytes: u64,
     /// What it is here, if it can be read.
     pub(crate) dtype: Option<Dtype>,
+}
+
+impl From<Dtype> for ElementType {
+    fn from(dtype: Dtype) -> Self {
+        ElementType {
+            name: dtype.name(),
+            bytes: dtype.block().1 as u64,
+            dtype: Some(dtype),
+        }
+    }
 }
 
 const ELEMENT_TYPES: [ElementType; 17] = {

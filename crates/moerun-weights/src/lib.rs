@@ -4,6 +4,7 @@
 //! tensor against the config; after that a name, shape or type cannot be wrong, and data is read where it lies.
 
 mod available_memory;
+mod blocks;
 mod checkpoint;
 mod dense_tensors;
 mod directory;
@@ -14,6 +15,7 @@ mod expected;
 mod expert;
 mod expert_tensors;
 mod generation_config;
+mod gguf;
 mod hashes;
 mod header;
 mod index;
@@ -26,11 +28,13 @@ mod tensor_names;
 mod verify;
 
 pub use available_memory::available_memory_bytes;
+pub use blocks::BlockType;
 pub use checkpoint::{Checkpoint, Needs};
 pub use error::WeightsError;
 pub use expected::{ExpectedTensor, ExpectedTypes, ModelPart, expected_tensors};
 pub use expert::ExpertSource;
 pub use generation_config::GenerationConfig;
+pub use gguf::GgufMetadata;
 pub use memory::{MemoryNeed, ParameterCounts};
 pub use shapes::{SHAPES, Shape};
 pub use synthesize::{

@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 
 use memmap2::Mmap;
-use moerun_types::Family;
+use moerun_types::{Family, ModelConfig};
 
 use crate::{
     WeightsError,
     directory::{self, Directory, Found},
+    expert_tensors::ExpertLayout,
+    gguf::{self, GgufFile},
     header::{self, ElementType, MAX_TENSORS},
     index::{self, Layout, Shards},
 };
@@ -19,6 +21,8 @@ pub(crate) struct StoredTensor {
     pub(crate) shape: Vec<usize>,
     shard: usize,
     bytes: std::ops::Range<usize>,
+    /// Width of a head whose rows alternate between its two halves (GGUF).
+    pub(crate) paired_head: Option<usize>,
 }
 
 /// All tensors of a checkpoint by name. Names are those of the plain family: a prefix common to all is taken off.
@@ -26,6 +30,8 @@ pub(crate) struct StoredTensor {
 pub(crate) struct TensorStore {
     shards: Vec<Shard>,
     tensors: HashMap<String, StoredTensor>,
+    /// Where the experts are not in the layout of their family.
+    expert_layout: Option<ExpertLayout>,
 }
 
 #[derive(Debug)]
@@ -45,6 +51,7 @@ impl TensorStore {
         let mut store = TensorStore {
             shards: Vec::new(),
             tensors: HashMap::new(),
+            expert_layout: None,
         };
         match index::find(directory)? {
             Layout::Single(name) => {
@@ -56,6 +63,45 @@ impl TensorStore {
             store.strip_common_prefix("language_model.");
         }
         Ok(store)
+    }
+
+    /// The tensors of a GGUF file under the names of the config's family.
+    pub(crate) fn of_gguf(file: GgufFile, config: &ModelConfig) -> Result<Self, WeightsError> {
+        let name = file.path.display().to_string();
+        let mut tensors = HashMap::new();
+        for found in gguf::named_tensors(&file, config) {
+            let stored = StoredTensor {
+                element: found.dtype.into(),
+                shape: found.shape,
+                shard: 0,
+                bytes: found.bytes,
+                paired_head: found.paired_head,
+            };
+            if tensors.len() == MAX_TENSORS {
+                let reason = format!("wanted at most {MAX_TENSORS} tensors in a checkpoint, found more");
+                return Err(WeightsError::Header {
+                    path: file.path,
+                    reason,
+                });
+            }
+            if tensors.insert(found.name.clone(), stored).is_some() {
+                return Err(WeightsError::Duplicate {
+                    tensor: found.name,
+                    first: name.clone(),
+                    second: name,
+                });
+            }
+        }
+        Ok(TensorStore {
+            shards: vec![Shard { name, map: file.map }],
+            tensors,
+            expert_layout: Some(ExpertLayout::GGUF),
+        })
+    }
+
+    /// How the experts are stored here.
+    pub(crate) fn expert_layout(&self, config: &ModelConfig) -> ExpertLayout {
+        self.expert_layout.unwrap_or_else(|| ExpertLayout::of(config))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&StoredTensor> {
@@ -151,6 +197,7 @@ impl TensorStore {
                 shape: found.shape,
                 shard,
                 bytes: found.bytes,
+                paired_head: None,
             };
             self.tensors.insert(tensor, stored);
         }

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::elements::{Bf16, E2M1, E4M3, Element, F16, F32, e8m0};
+use crate::{
+    blocks::{BlockType, MAX_BLOCK},
+    elements::{Bf16, E2M1, E4M3, Element, F16, F32, e8m0},
+};
 
 /// Element types that a checkpoint may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,10 +18,12 @@ pub enum Dtype {
     F8E4M3,
     /// Packed codes or exponents.
     U8,
+    /// Blocks of GGUF.
+    Block(BlockType),
 }
 
 impl Dtype {
-    /// Its name in a safetensors header.
+    /// Its name in a safetensors header or in llama.cpp.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::F32 => "F32",
@@ -26,15 +31,17 @@ impl Dtype {
             Dtype::Bf16 => "BF16",
             Dtype::F8E4M3 => "F8_E4M3",
             Dtype::U8 => "U8",
+            Dtype::Block(block) => block.name(),
         }
     }
 
-    /// Bytes of one element.
-    pub fn bytes(self) -> usize {
+    /// Elements and bytes of the smallest piece that can be read: of one element, or of a block.
+    pub fn block(self) -> (usize, usize) {
         match self {
-            Dtype::F32 => 4,
-            Dtype::F16 | Dtype::Bf16 => 2,
-            Dtype::F8E4M3 | Dtype::U8 => 1,
+            Dtype::F32 => (1, 4),
+            Dtype::F16 | Dtype::Bf16 => (1, 2),
+            Dtype::F8E4M3 | Dtype::U8 => (1, 1),
+            Dtype::Block(block) => (block.elements(), block.bytes()),
         }
     }
 }
@@ -54,6 +61,8 @@ pub struct MatrixSource<'a> {
     rows: usize,
     cols: usize,
     stored: Stored<'a>,
+    /// Width of a head whose rows are stored in pairs, one of its first half and one of its second.
+    paired_head: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,6 +70,7 @@ enum Stored<'a> {
     Plain(Plain<'a>),
     Fp8(Fp8<'a>),
     Mxfp4(Mxfp4<'a>),
+    Blocks(Blocks<'a>),
 }
 
 /// Element `(row, col)` is number `first + row * row_stride + col * col_stride` of `bytes`.
@@ -94,6 +104,13 @@ struct Mxfp4<'a> {
     row_step: usize,
 }
 
+/// Row-major blocks; a row is a whole number of them.
+#[derive(Debug, Clone)]
+struct Blocks<'a> {
+    block: BlockType,
+    bytes: &'a [u8],
+}
+
 /// Where a plain matrix lies within a larger tensor, counted in elements.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Strides {
@@ -108,7 +125,7 @@ impl<'a> MatrixSource<'a> {
         debug_assert!(matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16));
         let last = strides.first + (rows.max(1) - 1) * strides.row + (cols.max(1) - 1) * strides.col;
         assert!(
-            (last + 1) * dtype.bytes() <= bytes.len(),
+            (last + 1) * dtype.block().1 <= bytes.len(),
             "a matrix lies within its tensor"
         );
         let plain = Plain {
@@ -118,11 +135,7 @@ impl<'a> MatrixSource<'a> {
             row_stride: strides.row,
             col_stride: strides.col,
         };
-        MatrixSource {
-            rows,
-            cols,
-            stored: Stored::Plain(plain),
-        }
+        Self::whole([rows, cols], Stored::Plain(plain))
     }
 
     /// A whole plain tensor `[rows, cols]`.
@@ -154,22 +167,19 @@ impl<'a> MatrixSource<'a> {
             scale_dtype.bytes() * rows.div_ceil(block_rows) * scales_per_row,
             "one scale per block"
         );
-        MatrixSource {
-            rows,
-            cols,
-            stored: Stored::Fp8(Fp8 {
-                codes,
-                scales: Plain {
-                    dtype: scale_dtype,
-                    bytes: scales,
-                    first: 0,
-                    row_stride: scales_per_row,
-                    col_stride: 1,
-                },
-                block_rows,
-                block_cols,
-            }),
-        }
+        let fp8 = Fp8 {
+            codes,
+            scales: Plain {
+                dtype: scale_dtype,
+                bytes: scales,
+                first: 0,
+                row_stride: scales_per_row,
+                col_stride: 1,
+            },
+            block_rows,
+            block_cols,
+        };
+        Self::whole([rows, cols], Stored::Fp8(fp8))
     }
 
     /// Every `row_step`-th row, from `first_row`, of 4-bit codes `[stored rows, cols / 32, 16]` with their exponents.
@@ -186,16 +196,50 @@ impl<'a> MatrixSource<'a> {
             codes.len() >= end * cols / 2 && exponents.len() >= end * cols / MXFP4_GROUP,
             "rows within the tensor"
         );
+        let mxfp4 = Mxfp4 {
+            codes,
+            exponents,
+            first_row,
+            row_step,
+        };
+        Self::whole([rows, cols], Stored::Mxfp4(mxfp4))
+    }
+
+    /// A whole tensor `[rows, cols]` of blocks.
+    pub(crate) fn blocks(block: BlockType, bytes: &'a [u8], [rows, cols]: [usize; 2]) -> Self {
+        assert!(cols.is_multiple_of(block.elements()), "whole blocks");
+        assert_eq!(
+            bytes.len(),
+            rows * cols / block.elements() * block.bytes(),
+            "all blocks"
+        );
+        Self::whole([rows, cols], Stored::Blocks(Blocks { block, bytes }))
+    }
+
+    fn whole([rows, cols]: [usize; 2], stored: Stored<'a>) -> Self {
         MatrixSource {
             rows,
             cols,
-            stored: Stored::Mxfp4(Mxfp4 {
-                codes,
-                exponents,
-                first_row,
-                row_step,
-            }),
+            stored,
+            paired_head: None,
         }
+    }
+
+    /// The same matrix where the rows of each head of width `head` are stored in pairs: row 0, row head/2, row 1, …
+    pub(crate) fn with_paired_head(self, head: usize) -> Self {
+        assert!(
+            head >= 2 && head.is_multiple_of(2) && self.rows.is_multiple_of(head),
+            "whole heads of pairs"
+        );
+        MatrixSource {
+            paired_head: Some(head),
+            ..self
+        }
+    }
+
+    /// Where row `row` is stored.
+    fn stored_row(&self, row: usize) -> usize {
+        self.paired_head.map_or(row, |head| paired(head, row))
     }
 
     /// Output features.
@@ -214,6 +258,7 @@ impl<'a> MatrixSource<'a> {
             Stored::Plain(plain) => plain.dtype,
             Stored::Fp8(_) => Dtype::F8E4M3,
             Stored::Mxfp4(_) => Dtype::U8,
+            Stored::Blocks(blocks) => Dtype::Block(blocks.block),
         }
     }
 
@@ -236,10 +281,12 @@ impl<'a> MatrixSource<'a> {
     /// If the matrix has no such row or columns.
     pub fn read_row_part(&self, row: usize, first: usize, out: &mut [f32]) {
         self.check(row..row + 1, first..first + out.len());
+        let row = self.stored_row(row);
         match &self.stored {
             Stored::Plain(plain) => plain.read(row, first, out),
             Stored::Fp8(fp8) => fp8.read(row, first, self.cols, out),
             Stored::Mxfp4(mxfp4) => mxfp4.read(row, first, self.cols, out),
+            Stored::Blocks(blocks) => blocks.read(row, first, self.cols, out),
         }
     }
 
@@ -253,7 +300,9 @@ impl<'a> MatrixSource<'a> {
         let count = out.len() / self.cols;
         self.check(first..first + count, 0..self.cols);
         match &self.stored {
-            Stored::Plain(plain) if plain.row_stride < plain.col_stride => plain.read_by_columns(first, self.cols, out),
+            Stored::Plain(plain) if plain.row_stride < plain.col_stride && self.paired_head.is_none() => {
+                plain.read_by_columns(first, self.cols, out)
+            }
             _ => (first..)
                 .zip(out.chunks_exact_mut(self.cols))
                 .for_each(|(row, out)| self.read_row(row, out)),
@@ -273,10 +322,60 @@ impl<'a> MatrixSource<'a> {
     /// that a part touches are fed whole, with their exponents; blocks of fp8 scales that it touches likewise.
     pub(crate) fn stored_bytes(&self, rows: Range<usize>, cols: Range<usize>, sink: &mut dyn FnMut(&[u8])) {
         self.check(rows.clone(), cols.clone());
+        if self.paired_head.is_some() {
+            for row in rows {
+                let row = self.stored_row(row);
+                self.stored_rows(row..row + 1, cols.clone(), sink);
+            }
+            return;
+        }
+        self.stored_rows(rows, cols, sink);
+    }
+
+    /// As [`Self::stored_bytes`], of rows by their place on disk.
+    fn stored_rows(&self, rows: Range<usize>, cols: Range<usize>, sink: &mut dyn FnMut(&[u8])) {
         match &self.stored {
             Stored::Plain(plain) => plain.stored_bytes(rows, cols, sink),
             Stored::Fp8(fp8) => fp8.stored_bytes(rows, cols, self.cols, sink),
             Stored::Mxfp4(mxfp4) => mxfp4.stored_bytes(rows, cols, self.cols, sink),
+            Stored::Blocks(blocks) => blocks.stored_bytes(rows, cols, self.cols, sink),
+        }
+    }
+}
+
+/// Where element `index` of a sequence of heads is stored whose halves are interleaved.
+pub(crate) fn paired(head: usize, index: usize) -> usize {
+    let (start, within) = (index / head * head, index % head);
+    let (half, place) = (within / (head / 2), within % (head / 2));
+    start + 2 * place + half
+}
+
+impl Blocks<'_> {
+    fn read(&self, row: usize, first: usize, cols: usize, out: &mut [f32]) {
+        let (elements, bytes) = (self.block.elements(), self.block.bytes());
+        let row_start = row * (cols / elements);
+        let mut values = [0.0; MAX_BLOCK];
+        let mut done = 0;
+        while done < out.len() {
+            let (block, skipped) = ((first + done) / elements, (first + done) % elements);
+            let stored = &self.bytes[(row_start + block) * bytes..][..bytes];
+            let end = (done + elements - skipped).min(out.len());
+            if end - done == elements {
+                self.block.read(stored, &mut out[done..end]);
+            } else {
+                self.block.read(stored, &mut values[..elements]);
+                out[done..end].copy_from_slice(&values[skipped..][..end - done]);
+            }
+            done = end;
+        }
+    }
+
+    fn stored_bytes(&self, rows: Range<usize>, cols: Range<usize>, width: usize, sink: &mut dyn FnMut(&[u8])) {
+        let (elements, bytes) = (self.block.elements(), self.block.bytes());
+        let blocks = cols.start / elements..cols.end.div_ceil(elements);
+        for row in rows {
+            let row_start = row * (width / elements);
+            sink(&self.bytes[(row_start + blocks.start) * bytes..(row_start + blocks.end) * bytes]);
         }
     }
 }
@@ -334,7 +433,7 @@ impl Plain<'_> {
         } else {
             (cols, self.col_stride, rows, self.row_stride)
         };
-        let size = self.dtype.bytes();
+        let (_, size) = self.dtype.block();
         let mut gathered = Vec::new();
         for outer_index in outer {
             let start = (self.first + outer_index * outer_stride + inner.start * inner_stride) * size;

@@ -28,10 +28,10 @@ pub(crate) struct Cli {
 const UNUSED: [(&str, &[&str]); 3] = [
     (
         "worker",
-        &["kv_memory", "max_context", "max_batch_tokens", "served_name"],
+        &["kv_memory", "max_context", "max_batch_tokens", "prefix_cache", "speculate", "served_name"],
     ),
     ("generate", &["max_queue", "served_name"]),
-    ("forward", &["kv_memory", "max_context", "max_queue", "served_name"]),
+    ("forward", &["kv_memory", "max_context", "max_queue", "prefix_cache", "speculate", "served_name"]),
 ];
 
 impl Cli {
@@ -227,8 +227,8 @@ pub(crate) struct ForwardArgs {
 /// `moerun inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Checkpoint directory
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint directory or GGUF file
+    #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: PathBuf,
 
     /// Print one JSON object

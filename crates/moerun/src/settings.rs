@@ -19,8 +19,8 @@ use crate::size::ByteSize;
 /// (`MOERUN_MAX_CONTEXT` for `--max-context`), then to the file given with `--config`, then to the default.
 #[derive(Debug, Clone, Default, Args, Serialize)]
 pub(crate) struct ServingFlags {
-    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json)
-    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json) or GGUF file
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<PathBuf>,
 
@@ -287,7 +287,7 @@ impl Settings {
 
     /// The checkpoint directory, which every serving command needs.
     pub(crate) fn model_dir(&self) -> Result<&PathBuf, SettingsError> {
-        let none = "no checkpoint given: wanted --model DIR, MOERUN_MODEL or model = \"DIR\" in --config";
+        let none = "no checkpoint given: wanted --model DIR or FILE.gguf, MOERUN_MODEL or model = \"DIR\" in --config";
         self.model.as_ref().ok_or_else(|| SettingsError(none.to_owned()))
     }
 }

@@ -118,9 +118,10 @@ impl<'a> Refusal<'a> {
             GatewayError::Engine(error) => Refusal::of_engine(error),
             GatewayError::EngineGone => Refusal::new("ENGINE_GONE", Kind::Other(Code::Internal)),
             GatewayError::Tokenizer { .. } => Refusal::new("TOKENIZER_FAILED", Kind::Other(Code::Internal)),
-            GatewayError::Read { .. } | GatewayError::Malformed { .. } | GatewayError::Serve(_) => {
-                Refusal::new("INTERNAL", Kind::Other(Code::Internal))
-            }
+            GatewayError::Read { .. }
+            | GatewayError::Malformed { .. }
+            | GatewayError::Gguf(_)
+            | GatewayError::Serve(_) => Refusal::new("INTERNAL", Kind::Other(Code::Internal)),
         }
     }
 

@@ -10,6 +10,7 @@ use tokenizers::Tokenizer;
 use super::{
     chat_template::{ChatMessage, ChatTemplate},
     detokenizer::{Detokenizer, Joining},
+    gguf,
     tokenizer_config::{TokenizerConfig, read_optional},
 };
 use crate::GatewayError;
@@ -39,14 +40,43 @@ enum Chat {
 }
 
 impl TextCodec {
-    /// Reads the tokenizer and the chat template of a checkpoint directory. Padding and truncation that the file may
+    /// Reads the tokenizer and the chat template of a checkpoint directory or of a GGUF file. Padding and truncation that the file may
     /// ask for are switched off: no prompt is ever cut or filled up.
     ///
     /// An error if `tokenizer.json` is missing or malformed, or if a token that the config wants added is unknown.
     pub fn load(dir: &Path) -> Result<Self, GatewayError> {
+        if dir.is_file() {
+            return Self::load_gguf(dir);
+        }
         let tokenizer = read_tokenizer(&dir.join("tokenizer.json"))?;
         let config_path = dir.join("tokenizer_config.json");
         let config = TokenizerConfig::read(&config_path)?;
+        let chat = read_chat_template(dir, &config)?;
+        Self::new(tokenizer, &config, config_path, chat)
+    }
+
+    /// The tokenizer in a GGUF file's metadata.
+    fn load_gguf(path: &Path) -> Result<Self, GatewayError> {
+        let malformed = |error: serde_json::Error| GatewayError::Malformed {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        let text = gguf::read(path)?;
+        let tokenizer = parse_tokenizer(path, text.tokenizer.to_string())?;
+        let config: TokenizerConfig = serde_json::from_value(text.config).map_err(malformed)?;
+        let chat = match config.chat_template() {
+            Some(source) => compile_chat_template(path.to_owned(), source, &config),
+            None => Chat::Absent { dir: path.to_owned() },
+        };
+        Self::new(tokenizer, &config, path.to_owned(), chat)
+    }
+
+    fn new(
+        tokenizer: Tokenizer,
+        config: &TokenizerConfig,
+        config_path: PathBuf,
+        chat: Chat,
+    ) -> Result<Self, GatewayError> {
         // What the post-processor adds to an empty text it adds to every text.
         let frame = tokenizer
             .encode_fast("", true)
@@ -60,7 +90,7 @@ impl TextCodec {
                 reason,
             };
             let token = token.ok_or_else(|| malformed(format!("add_{name} is true but {name} is not given")))?;
-            let unknown = || malformed(format!("{name} {token:?} is not in tokenizer.json"));
+            let unknown = || malformed(format!("{name} {token:?} is not in the tokenizer"));
             tokenizer.token_to_id(token).ok_or_else(unknown).map(Some)
         };
         let bos = wanted(config.adds_bos(), "bos_token", config.bos_token())?;
@@ -69,7 +99,7 @@ impl TextCodec {
             joining: Joining::of(tokenizer.get_decoder()),
             prepend: bos.filter(|id| frame.get_ids().first() != Some(id)),
             append: eos.filter(|id| frame.get_ids().last() != Some(id)),
-            chat: read_chat_template(dir, &config)?,
+            chat,
             tokenizer,
         };
         Ok(TextCodec { inner: Arc::new(inner) })
@@ -154,6 +184,10 @@ fn read_tokenizer(path: &Path) -> Result<Tokenizer, GatewayError> {
         path: path.to_owned(),
         source,
     })?;
+    parse_tokenizer(path, text)
+}
+
+fn parse_tokenizer(path: &Path, text: impl AsRef<[u8]>) -> Result<Tokenizer, GatewayError> {
     let malformed = |reason: String| GatewayError::Malformed {
         path: path.to_owned(),
         reason,
@@ -174,13 +208,17 @@ fn read_chat_template(dir: &Path, config: &TokenizerConfig) -> Result<Chat, Gate
         (None, Some(source)) => (dir.join("tokenizer_config.json"), source.to_owned()),
         (None, None) => return Ok(Chat::Absent { dir: dir.to_owned() }),
     };
-    Ok(match ChatTemplate::compile(&source, config.template_variables()) {
+    Ok(compile_chat_template(path, &source, config))
+}
+
+fn compile_chat_template(path: PathBuf, source: &str, config: &TokenizerConfig) -> Chat {
+    match ChatTemplate::compile(source, config.template_variables()) {
         Ok(template) => Chat::Template(Box::new(template)),
         Err(reason) => {
             tracing::warn!(path = %path.display(), reason, "the chat template does not compile; chats will be refused");
             Chat::Broken { path, reason }
         }
-    })
+    }
 }
 
 fn tokenizer_error(error: &(dyn std::error::Error + Send + Sync + 'static)) -> GatewayError {

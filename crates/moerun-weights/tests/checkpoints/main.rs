@@ -6,6 +6,7 @@
 mod directories;
 mod files;
 
+mod gguf;
 mod golden;
 mod hashes;
 mod lies;
