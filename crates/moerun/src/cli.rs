@@ -28,10 +28,27 @@ pub(crate) struct Cli {
 const UNUSED: [(&str, &[&str]); 3] = [
     (
         "worker",
-        &["kv_memory", "max_context", "max_batch_tokens", "prefix_cache", "speculate", "served_name"],
+        &[
+            "kv_memory",
+            "max_context",
+            "max_batch_tokens",
+            "prefix_cache",
+            "speculate",
+            "served_name",
+        ],
     ),
     ("generate", &["max_queue", "served_name"]),
-    ("forward", &["kv_memory", "max_context", "max_queue", "prefix_cache", "speculate", "served_name"]),
+    (
+        "forward",
+        &[
+            "kv_memory",
+            "max_context",
+            "max_queue",
+            "prefix_cache",
+            "speculate",
+            "served_name",
+        ],
+    ),
 ];
 
 impl Cli {
