@@ -164,7 +164,7 @@ impl<'a> MatrixSource<'a> {
         let scales_per_row = cols.div_ceil(block_cols);
         assert_eq!(
             scales.len(),
-            scale_dtype.bytes() * rows.div_ceil(block_rows) * scales_per_row,
+            scale_dtype.block().1 * rows.div_ceil(block_rows) * scales_per_row,
             "one scale per block"
         );
         let fp8 = Fp8 {
