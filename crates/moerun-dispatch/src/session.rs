@@ -154,26 +154,42 @@ pub(crate) fn describe(status: &Status) -> String {
         "" => code,
         message => format!("{code}: {message}"),
     };
-    if let Some(source) = status.source() {
-        text = format!("{text}: {}", with_sources(source));
-    }
+    push_sources(&mut text, status);
     text
 }
 
 /// tonic's transport errors say little by themselves.
 fn with_sources(error: &dyn Error) -> String {
     let mut text = error.to_string();
+    push_sources(&mut text, error);
+    text
+}
+
+/// Some errors quote their source; that is not said twice.
+fn push_sources(text: &mut String, error: &dyn Error) {
     let mut source = error.source();
     while let Some(cause) = source {
-        text = format!("{text}: {cause}");
+        let said = cause.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
         source = cause.source();
     }
-    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_tells_what_lies_behind_it_once() {
+        let reset = std::io::Error::other(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        let mut status = Status::unknown("h2 protocol error");
+        status.set_source(Arc::new(reset));
+        assert_eq!(describe(&status), "Unknown: h2 protocol error: connection reset");
+        assert_eq!(describe(&Status::new(Code::Unimplemented, "")), "Unimplemented");
+    }
 
     #[test]
     fn addresses_are_host_and_port() {

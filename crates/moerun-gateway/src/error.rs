@@ -79,9 +79,9 @@ pub enum GatewayError {
         /// Longest sequence, prompt and answer together.
         max_context: usize,
     },
-    /// Other requests' logits, computed and not yet read, take the memory that this request would need.
-    #[error("{wanted_kib} KiB of logits do not fit beside those that others have not read, of {limit_kib} KiB in all")]
-    TooManyLogits {
+    /// Other requests' large answers, not read yet, take the memory that this request's would need.
+    #[error("{wanted_kib} KiB do not fit beside the answers that others have not read, of {limit_kib} KiB in all")]
+    AnswersFull {
         /// What this request would take.
         wanted_kib: u32,
         /// What there is for all.

@@ -9,16 +9,16 @@ use ndarray::Array2;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
-    ChatMessage, GatewayError, Generation, LogitsShare, Prompt, StopStrings, TextCodec, TextRequest,
-    logits_room::LogitsRoom, request::Defaults,
+    AnswerShare, ChatMessage, GatewayError, Generation, Prompt, StopStrings, TextCodec, TextRequest,
+    answer_room::AnswerRoom, request::Defaults,
 };
 
 /// Most turns of a conversation.
 const MAX_CHAT_MESSAGES: usize = 4096;
 
-/// Most KiB of logits, of all requests together, that clients have asked for and not read to their end; a single request
-/// may take half of it.
-const MAX_LOGITS_KIB: u32 = 2 << 20;
+/// Most KiB of logits, and of rows of MoE layers with their answers, of all requests together, that clients have asked for
+/// and not read to their end; a single request may take half of it.
+const MAX_ANSWERS_KIB: u32 = 2 << 20;
 
 /// What a gateway is made of.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub struct Gateway {
     max_prompt_bytes: usize,
     /// Tokenising takes a thread for as long as the text is long; no more run at once than there are processors.
     tokenising: Arc<Semaphore>,
-    logits_room: LogitsRoom,
+    answer_room: AnswerRoom,
 }
 
 /// The model that is served.
@@ -77,7 +77,7 @@ pub struct LogitRows {
     /// Their rows, in this order; an error ends the channel.
     pub rows: mpsc::Receiver<Result<Vec<f32>, moerun_engine::EngineError>>,
     /// The memory they take; keep it as long as the rows.
-    pub share: LogitsShare,
+    pub share: AnswerShare,
 }
 
 impl Gateway {
@@ -109,7 +109,7 @@ impl Gateway {
             tokenising: Arc::new(Semaphore::new(
                 thread::available_parallelism().map_or(1, NonZeroUsize::get),
             )),
-            logits_room: LogitsRoom::new(MAX_LOGITS_KIB),
+            answer_room: AnswerRoom::new(MAX_ANSWERS_KIB),
         }
     }
 
@@ -193,7 +193,7 @@ impl Gateway {
             }
             Some(_) => {}
         }
-        let share = self.logits_room.take(positions.len(), self.model.config.vocab_size)?;
+        let share = self.answer_room.take(positions.len(), self.model.config.vocab_size)?;
         let rows = self.engine.forward(ForwardRequest {
             token_ids,
             positions: positions.clone(),
@@ -227,6 +227,7 @@ impl Gateway {
             let found = format!("{} in row {}", hidden_states[(at / width, at % width)], at / width);
             return Err(GatewayError::invalid("hidden_states", "finite values", found));
         }
+        let _share = self.answer_room.take(2 * rows, width)?; // what came and what goes
         let answer = self.engine.moe_layer(MoeLayerRequest { layer, hidden_states })?;
         Ok(answer.await.map_err(|_| GatewayError::EngineGone)??)
     }

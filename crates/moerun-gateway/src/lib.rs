@@ -3,18 +3,18 @@
 //! [`Gateway`] is the library that the command line uses in its own process and that [`grpc::serve`] puts on a socket.
 #![forbid(unsafe_code)]
 
+mod answer_room;
 mod error;
 mod gateway;
 mod generation;
 pub mod grpc;
-mod logits_room;
 mod request;
 mod text;
 
+pub use answer_room::AnswerShare;
 pub use error::GatewayError;
 pub use gateway::{Gateway, GatewayParts, LogitRows, ServedModel};
 pub use generation::Generation;
-pub use logits_room::LogitsShare;
 pub use request::{Finish, Prompt, SamplingOverrides, TextEvent, TextRequest, TokenLogprob};
 pub use text::{ChatMessage, Checked, Detokenizer, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, TextCodec};
 

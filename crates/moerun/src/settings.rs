@@ -255,11 +255,25 @@ impl Settings {
             }
             figment = figment.merge(Toml::file_exact(path));
         }
-        let settings: Settings = figment
-            .merge(Serialized::defaults(environment::settings(variable)?))
+        let environment = environment::settings(variable)?;
+        let mut settings: Settings = figment
+            .merge(Serialized::defaults(&environment))
             .merge(Serialized::defaults(flags))
             .merge(Serialized::defaults(role))
             .extract()?;
+        // Two ways to say one thing: where a flag, or else the environment, says one of them, the other from below is void.
+        let flags_say = (role.shard.is_some(), role.experts.is_some());
+        let environment_says = (environment.contains_key("shard"), environment.contains_key("experts"));
+        let said = if flags_say == (false, false) {
+            environment_says
+        } else {
+            flags_say
+        };
+        match said {
+            (true, false) => settings.experts = None,
+            (false, true) => settings.shard = None,
+            (true, true) | (false, false) => {}
+        }
         settings.check().map_err(SettingsError)?;
         Ok(settings)
     }
@@ -326,6 +340,33 @@ mod tests {
         assert_eq!(settings.threads, Some(2));
         assert_eq!(settings.worker, ["a:1", "b:2"]);
         assert_eq!(settings.log_level.as_deref(), Some("debug"));
+    }
+
+    #[test]
+    fn a_shard_from_above_replaces_experts_from_below_and_the_other_way_round() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "shard = \"0/3\"").unwrap();
+        let flags = ServingFlags {
+            config: Some(file.path().to_owned()),
+            ..ServingFlags::default()
+        };
+        let shard_flag = RoleFlags {
+            shard: Some("1/2".to_owned()),
+            ..RoleFlags::default()
+        };
+        let experts = |name: &str| (name == "MOERUN_EXPERTS").then(|| "*:*".to_owned());
+        let both = |name: &str| matches!(name, "MOERUN_EXPERTS" | "MOERUN_SHARD").then(|| "0/5".to_owned());
+        let said = |role: &RoleFlags, variable: &dyn Fn(&str) -> Option<String>| {
+            let settings = Settings::load_with(&flags, role, variable).unwrap();
+            (settings.shard, settings.experts)
+        };
+        let text = |text: &str| Some(text.to_owned());
+        let none = RoleFlags::default();
+        assert_eq!(said(&none, &|_| None), (text("0/3"), None));
+        assert_eq!(said(&none, &experts), (None, text("*:*")));
+        assert_eq!(said(&shard_flag, &experts), (text("1/2"), None));
+        // Both from one place contradict each other: the worker refuses them.
+        assert_eq!(said(&none, &both), (text("0/5"), text("0/5")));
     }
 
     #[test]

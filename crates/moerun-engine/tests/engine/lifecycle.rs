@@ -12,8 +12,10 @@ async fn a_client_that_goes_away_frees_its_pages_at_the_next_step() {
     let fixture = Fixture::load("qwen3_moe");
     let engine = fixture.start(CONFIG);
     let handle = engine.handle();
-    fixture.experts.set(Behaviour::HangsAfter(2)); // two layers with experts: in its second step
-    let mut events = handle.generate(greedy(fixture.prompt(0), 200)).expect("accepted");
+    let prompt = fixture.prompt(0);
+    let prefill = 2 * prompt.len().div_ceil(CONFIG.max_batch_tokens); // two layers with experts
+    fixture.experts.set(Behaviour::HangsAfter(prefill));
+    let mut events = handle.generate(greedy(prompt, 200)).expect("accepted");
     assert!(matches!(next(&mut events).await, Some(TokenEvent::Token { .. })));
     let waiting = handle.generate(greedy(fixture.prompt(1), 200)).expect("accepted");
     until(&handle, |stats| stats.pages_used > 0).await;

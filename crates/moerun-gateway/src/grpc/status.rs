@@ -111,8 +111,8 @@ impl<'a> Refusal<'a> {
                 Refusal::new("BROKEN_CHAT_TEMPLATE", Kind::CannotDo("chat_template"))
             }
             GatewayError::ChatTemplate { .. } => Refusal::new("CHAT_REFUSED", Kind::BadField("chat.messages")),
-            GatewayError::TooManyLogits { limit_kib, .. } => {
-                Refusal::new("LOGITS_FULL", Kind::TryAgain(Code::ResourceExhausted, RETRY_WHEN_FULL))
+            GatewayError::AnswersFull { limit_kib, .. } => {
+                Refusal::new("ANSWERS_FULL", Kind::TryAgain(Code::ResourceExhausted, RETRY_WHEN_FULL))
                     .with("limit_kib", limit_kib)
             }
             GatewayError::Engine(error) => Refusal::of_engine(error),

@@ -1,5 +1,5 @@
 use std::{
-    sync::mpsc as std_mpsc,
+    sync::{Weak, mpsc as std_mpsc},
     time::{Duration, Instant},
 };
 
@@ -66,7 +66,8 @@ fn options(max_queue: usize) -> ServeOptions {
 struct Gate {
     go: std_mpsc::Sender<()>,
     begun: std_mpsc::Receiver<()>,
-    loaded: Arc<OnceLock<Loaded>>,
+    /// Weak: a worker ends when nobody holds its queue any more.
+    loaded: Weak<OnceLock<Loaded>>,
 }
 
 impl Gate {
@@ -83,9 +84,12 @@ impl Gate {
     /// Returns when this many requests are queued or begun.
     fn await_outstanding(&self, wanted: usize) {
         let until = Instant::now() + Duration::from_secs(10);
-        let outstanding = || self.loaded.get().map_or(0, |loaded| loaded.compute.outstanding());
-        while outstanding() != wanted {
-            assert!(Instant::now() < until, "{} requests, not {wanted}", outstanding());
+        let outstanding = || {
+            let loaded = self.loaded.upgrade()?;
+            Some(loaded.get()?.compute.outstanding())
+        };
+        while outstanding() != Some(wanted) {
+            assert!(Instant::now() < until, "{:?} requests, not {wanted}", outstanding());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -119,7 +123,7 @@ fn worker(max_queue: usize) -> (Worker, Gate) {
         }
     });
     let listening = Listening::start(options(max_queue), Shutdown::new()).unwrap();
-    let loaded = listening.loaded.clone();
+    let loaded = Arc::downgrade(&listening.loaded);
     (
         listening.serve_with(run, limits(), &identity()).unwrap(),
         Gate { go, begun, loaded },
