@@ -71,7 +71,7 @@ fn role(name: &str) -> Option<Role> {
     if number.to_string() != layer {
         return None;
     }
-    let layer = LayerId(number.try_into().ok()?);
+    let layer = LayerId(number);
     let tensor = match tensor {
         "ffn_gate_exps.weight" => return Some(Role::Experts(layer, GGUF_GATE)),
         "ffn_up_exps.weight" => return Some(Role::Experts(layer, GGUF_UP)),
