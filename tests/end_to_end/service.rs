@@ -320,10 +320,12 @@ async fn a_second_sigterm_ends_a_server_that_drains_with_143() {
     stream.message().await.expect("no error").expect("a token");
     server.terminate();
     server.wait_for_log("draining");
-    let refused = client
-        .generate(greedy(&[1], 1))
-        .await
-        .expect_err("nothing new while draining");
+    // The log line comes just before the door closes: a request may still slip in.
+    let refused = loop {
+        if let Err(status) = client.generate(greedy(&[1], 1)).await {
+            break status;
+        }
+    };
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     server.terminate();
     assert_eq!(server.wait(Duration::from_secs(20)), Some(143));
