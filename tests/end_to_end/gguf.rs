@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use moerun_testkit::RawGguf;
 use moerun_tests::{Golden, golden_dir, run};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 fn write_gguf(dir: &Path, folder: &TempDir) -> String {
@@ -14,12 +14,48 @@ fn write_gguf(dir: &Path, folder: &TempDir) -> String {
     file.to_str().expect("a plain path").to_owned()
 }
 
+/// A copy of a checkpoint with some fields of its config changed.
+fn with_config(dir: &Path, changes: Value) -> TempDir {
+    let copy = TempDir::new().expect("a temporary folder");
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(dir.join(name), copy.path().join(name)).expect("a temporary folder");
+    }
+    let path = copy.path().join("config.json");
+    let text = fs::read_to_string(&path).expect("just copied");
+    let mut config: Value = serde_json::from_str(&text).expect("a config is JSON");
+    for (name, value) in changes.as_object().into_iter().flatten() {
+        config[name] = value.clone();
+    }
+    fs::write(&path, config.to_string()).expect("a temporary folder");
+    copy
+}
+
 #[test]
 fn a_gguf_file_computes_the_bits_of_its_checkpoint() {
-    for family in ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "qwen3"] {
+    let plain = [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "granitemoe",
+        "deepseek_v3",
+        "glm4_moe",
+        "ernie4_5_moe",
+        "llama",
+        "qwen3",
+    ];
+    let mut cases = plain.map(|family| (family, json!({}))).to_vec();
+    // What a GGUF file cannot say of these.
+    cases.push(("gpt_oss", json!({ "swiglu_limit": 7.0 })));
+    cases.push((
+        "deepseek_v2",
+        json!({ "topk_method": "greedy", "n_group": 1, "topk_group": 1 }),
+    ));
+    for (family, changes) in cases {
         let golden = Golden::read(family);
         let folder = TempDir::new().expect("a temporary folder");
-        let file = write_gguf(&golden.dir, &folder);
+        let checkpoint = with_config(&golden.dir, changes);
+        let file = write_gguf(checkpoint.path(), &folder);
         let inputs = golden.dir.join("golden.safetensors");
         let forward = |model: &str, extra: &[&str]| {
             let out = folder.path().join("out.safetensors");
@@ -37,9 +73,9 @@ fn a_gguf_file_computes_the_bits_of_its_checkpoint() {
             run(&[&args[..], extra].concat()).ok();
             fs::read(out).expect("forward writes its output")
         };
-        let wanted = forward(golden.dir.to_str().expect("a plain path"), &[]);
+        let wanted = forward(checkpoint.path().to_str().expect("a plain path"), &[]);
         assert!(forward(&file, &[]) == wanted, "{family}");
-        if family != "qwen3" {
+        if !["llama", "qwen3"].contains(&family) {
             assert!(
                 forward(&file, &["--workers", "2"]) == wanted,
                 "{family} with two workers"

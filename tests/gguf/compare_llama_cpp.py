@@ -1,57 +1,125 @@
-"""Compares Moerun with llama.cpp on the same GGUF files: logits and token ids.
+"""Compares Moerun with llama.cpp on the same GGUF files, in f32: logits of every position, and token ids.
 
-    python3 compare_llama_cpp.py MOERUN WRITE_GGUF [FAMILY ...]
+    python3 compare_llama_cpp.py MOERUN WRITE_GGUF [CASE ...]
 
-MOERUN is the binary, WRITE_GGUF the example of moerun-testkit. Needs PyPI llama-cpp-python, numpy and safetensors.
-Both compute in f32, in different orders: logits differ by rounding. Prints a line per family; exit code 1 if one differs
-by more than 1e-3 of the largest logit.
+MOERUN is the binary, WRITE_GGUF the example of moerun-testkit. Needs the packages of requirements.txt. Each case is a
+golden checkpoint, some with another config: rotary scaling follows from the config alone, and what a GGUF file cannot
+say must be what llama.cpp takes for granted. Prints a line per case: the largest difference from llama.cpp and from the
+checkpoint directory, over the largest logit. Exit code 1 if the former is above 1e-5, the latter above 1e-6 (only where
+rotary factors become a tensor is it above 0), or token ids differ.
 """
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 
 import numpy as np
-from llama_cpp import Llama
-from safetensors.numpy import load_file
+from llama_cpp import GGML_TYPE_F32, Llama
+from safetensors.numpy import load_file, save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "qwen3"]
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+
+# llama.cpp rounds the ends of yarn's ramp, gpt-oss does not: with this theta both are at the last dimensions.
+GPT_OSS = {"swiglu_limit": 7.0, "rope_parameters": YARN | {"rope_theta": 3.0, "truncate": False}}
+GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+# Name, golden checkpoint, changes to its config.
+CASES = [
+    ("llama, llama3 rotary factors", "llama", {}),
+    ("llama, linear rotary scaling", "llama", {"rope_parameters": LINEAR}),
+    ("llama, yarn", "llama", {"rope_parameters": YARN}),
+    ("mixtral", "mixtral", {}),
+    ("mixtral, linear rotary scaling", "mixtral", {"rope_parameters": LINEAR}),
+    ("qwen2moe", "qwen2_moe", {"num_hidden_layers": 1}),  # llama.cpp wants experts in every layer
+    ("qwen2moe, yarn", "qwen2_moe", {"num_hidden_layers": 1, "rope_parameters": YARN}),
+    ("qwen3moe", "qwen3_moe", {}),
+    ("qwen3moe, yarn", "qwen3_moe", {"rope_parameters": YARN}),
+    ("qwen3", "qwen3", {}),
+    ("qwen3, yarn", "qwen3", {"rope_parameters": YARN}),
+    ("qwen3, linear rotary scaling", "qwen3", {"rope_parameters": LINEAR}),
+    ("olmoe", "olmoe", {}),
+    ("granitemoe", "granitemoe", {}),
+    ("gpt-oss", "gpt_oss", GPT_OSS),
+    ("gpt-oss, no rotary scaling", "gpt_oss", GPT_OSS | {"rope_parameters": PLAIN}),
+    ("deepseek2 of V2", "deepseek_v2", GREEDY),
+    ("deepseek2 of V2, no rotary scaling", "deepseek_v2", GREEDY | {"rope_parameters": PLAIN}),
+    ("deepseek2 of V3", "deepseek_v3", {}),
+    ("glm4moe", "glm4_moe", {}),
+    ("ernie4_5-moe", "ernie4_5_moe", {}),
+]
 
 
-def compare(moerun, write_gguf, family, folder):
-    directory, path, out = GOLDEN / family, folder / f"{family}.gguf", folder / f"{family}.safetensors"
+def checkpoint(family, changes, folder):
+    """A copy of a golden checkpoint with another config."""
+    directory = folder / "checkpoint"
+    shutil.copytree(GOLDEN / family, directory)
+    config = json.loads((directory / "config.json").read_text()) | changes
+    if "num_hidden_layers" in changes:
+        config = {name: value for name, value in config.items() if name not in ("layer_types", "mlp_only_layers")}
+        weights = load_file(directory / "model.safetensors")
+        dropped = tuple(f"model.layers.{layer}." for layer in range(changes["num_hidden_layers"], 64))
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(dropped)}
+        save_file(kept, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def forward(moerun, model, inputs, out):
+    command = [moerun, "forward", "--model", model, "--inputs", inputs, "--out", out, "--weights", "f32"]
+    subprocess.run(command, check=True)
+    return load_file(out)["logits"]
+
+
+def compare(moerun, write_gguf, name, family, changes, folder):
+    directory, path = checkpoint(family, changes, folder), folder / "model.gguf"
     subprocess.run([write_gguf, directory, path], check=True)
     inputs = directory / "golden.safetensors"
-    subprocess.run([moerun, "forward", "--model", path, "--inputs", inputs, "--out", out, "--weights", "f32"], check=True)
-    ours = load_file(out)["logits"]
+    ours = forward(moerun, path, inputs, folder / "gguf.safetensors")
+    from_directory = forward(moerun, directory, inputs, folder / "directory.safetensors")
     golden = load_file(inputs)
-    model = Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1)
-    worst = 0.0
-    for ids, mask, logits in zip(golden["input_ids"], golden["attention_mask"], ours):
+    # The cache is f16 by default, which alone would move logits by 1e-3.
+    model = Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1,
+                  type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, flash_attn=False)
+    worst = largest = drift = 0.0
+    for ids, mask, logits, wanted in zip(golden["input_ids"], golden["attention_mask"], ours, from_directory):
         valid = mask.astype(bool)
         model.reset()
         model.eval([int(token) for token in ids[valid]])
         theirs = np.array(model.scores[: valid.sum()])
-        worst = max(worst, float(np.abs(theirs - logits[valid]).max() / np.abs(theirs).max()))
-    prompts = json.loads((directory / "golden.json").read_text())
-    texts = prompts.get("texts", [])
-    ids_equal = all(
-        model.tokenize(text.encode(), add_bos=True, special=True) == ids
-        for text, ids in zip(texts, prompts.get("prompts", []))
+        largest = max(largest, float(np.abs(theirs).max()))
+        worst = max(worst, float(np.abs(theirs - logits[valid]).max()))
+        drift = max(drift, float(np.abs(wanted[valid] - logits[valid]).max()))
+    facts = json.loads((directory / "golden.json").read_text())
+    texts, prompts = facts["texts"], facts["prompts"]
+    # The golden prompts begin with a token that the tokenizer does not add itself.
+    same_ids = all(
+        model.tokenize(text.encode(), add_bos=False, special=True) == ids[1:] for text, ids in zip(texts, prompts)
     )
-    print(f"{family}: largest difference of logits {worst:.1e} of the largest; token ids of {len(texts)} texts "
-          f"{'equal' if ids_equal else 'differ'}")
-    return worst < 1e-3
+    print(f"{name}: llama.cpp {worst / largest:.1e}, directory {drift / largest:.1e}, "
+          f"token ids of {len(texts)} texts {'equal' if same_ids else 'DIFFERENT'}", flush=True)
+    return worst / largest <= 1e-5 and drift / largest <= 1e-6 and same_ids
 
 
 def main():
-    moerun, write_gguf, *families = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        fine = [compare(moerun, write_gguf, family, pathlib.Path(folder)) for family in families or FAMILIES]
-    sys.exit(0 if all(fine) else 1)
+    moerun, write_gguf, *names = sys.argv[1:]
+    fine = True
+    for case in CASES:
+        if names and not any(name in case[0] for name in names):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                fine &= compare(moerun, write_gguf, *case, pathlib.Path(folder))
+            except (subprocess.CalledProcessError, ValueError) as error:
+                print(f"{case[0]}: {error}", flush=True)
+                fine = False
+    sys.exit(0 if fine else 1)
 
 
-main()
+if __name__ == "__main__":
+    main()

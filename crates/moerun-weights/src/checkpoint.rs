@@ -12,7 +12,7 @@ use crate::{
     directory::Directory,
     expected::{ExpectedTensor, ModelPart, expected_in, expected_tensors},
     expert::{self, ExpertParts},
-    gguf::{self, GgufFile},
+    gguf::{self, Arrangement, GgufFile},
     store::TensorStore,
     tensor,
     verify::verify,
@@ -147,12 +147,8 @@ impl Checkpoint {
                 found: shape.clone(),
             });
         };
-        let matrix = expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
-            .ok_or(WeightsError::NoTensor { role })?;
-        Ok(match self.paired_head(name) {
-            Some(head) => matrix.with_paired_head(head),
-            None => matrix,
-        })
+        expert::whole_matrix(&self.store, name, [rows, cols], fp8_block(&self.config))
+            .ok_or(WeightsError::NoTensor { role })
     }
 
     /// A vector outside the experts, as f32.
@@ -168,14 +164,12 @@ impl Checkpoint {
         let source =
             expert::whole_matrix(&self.store, name, [1, length], None).ok_or(WeightsError::NoTensor { role })?;
         let stored = expert::read_vector(&source);
-        Ok(match self.paired_head(name) {
-            Some(head) => (0..length).map(|index| stored[tensor::paired(head, index)]).collect(),
-            None => stored,
+        Ok(match self.store.get(name).map(|stored| &stored.arrangement) {
+            Some(Arrangement::PairedHead(head)) => {
+                (0..length).map(|index| stored[tensor::paired(*head, index)]).collect()
+            }
+            _ => stored,
         })
-    }
-
-    fn paired_head(&self, name: &str) -> Option<usize> {
-        self.store.get(name)?.paired_head
     }
 
     /// One expert's matrices and biases; an error if it is not there.

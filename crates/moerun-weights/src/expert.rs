@@ -5,7 +5,8 @@ use moerun_types::{ExpertId, LayerId, ModelConfig, MoeConfig};
 use crate::{
     Dtype, MatrixSource,
     expected::scale_name,
-    expert_tensors::{ExpertLayout, separate_name, stacked_name},
+    expert_tensors::{ExpertLayout, separate_bias_name, separate_name, stacked_name},
+    gguf::Arrangement,
     store::{StoredTensor, TensorStore},
     tensor::Strides,
 };
@@ -82,6 +83,14 @@ impl<'a> Tensor<'a> {
         }
     }
 
+    /// All of it, row after row.
+    fn rows(self, shape: [usize; 2]) -> MatrixSource<'a> {
+        match self.dtype {
+            Dtype::Block(block) => MatrixSource::blocks(block, self.bytes, shape),
+            dtype => MatrixSource::row_major(dtype, self.bytes, shape),
+        }
+    }
+
     fn matrix(self, shape: [usize; 2], first: usize, row: usize, col: usize) -> MatrixSource<'a> {
         MatrixSource::plain(self.dtype, self.bytes, shape, Strides { first, row, col })
     }
@@ -95,7 +104,7 @@ pub(crate) fn known_dtype(stored: &StoredTensor) -> Dtype {
         .expect("tensors of other types are refused when the checkpoint is opened")
 }
 
-/// A whole matrix of its own; fp8 ones with the scales beside them.
+/// A whole matrix of its own as it was trained; fp8 ones with the scales beside them.
 pub(crate) fn whole_matrix<'a>(
     store: &'a TensorStore,
     name: &str,
@@ -103,19 +112,29 @@ pub(crate) fn whole_matrix<'a>(
     fp8_block: Option<[usize; 2]>,
 ) -> Option<MatrixSource<'a>> {
     let tensor = Tensor::get(store, name)?;
-    match (tensor.dtype, fp8_block) {
-        (Dtype::F8E4M3, Some(block)) => {
-            let scales = Tensor::get(store, &scale_name(name))?;
-            Some(MatrixSource::fp8(
-                tensor.bytes,
-                (scales.dtype, scales.bytes),
-                shape,
-                block,
-            ))
-        }
-        (Dtype::Block(block), _) => Some(MatrixSource::blocks(block, tensor.bytes, shape)),
-        _ => Some(MatrixSource::row_major(tensor.dtype, tensor.bytes, shape)),
+    if let (Dtype::F8E4M3, Some(block)) = (tensor.dtype, fp8_block) {
+        let scales = Tensor::get(store, &scale_name(name))?;
+        let scales = (scales.dtype, scales.bytes);
+        return Some(MatrixSource::fp8(tensor.bytes, scales, shape, block));
     }
+    let stored = store.get(name)?;
+    Some(match &stored.arrangement {
+        Arrangement::AsTrained => tensor.rows(shape),
+        // A vector is put in order by its reader.
+        Arrangement::PairedHead(_) if shape[0] == 1 => tensor.rows(shape),
+        Arrangement::PairedHead(head) => tensor.rows(shape).with_paired_head(*head),
+        Arrangement::KeysAndValues { heads, values } => {
+            let [rows, latent] = shape;
+            let (dtype, bytes) = (values.0, store.beside(stored, values.1.clone()));
+            let value_rows = dtype.elements(bytes.len()) / latent;
+            let key_width = (rows - value_rows) / heads;
+            MatrixSource::keys_and_values(
+                tensor.rows([heads * latent, key_width]),
+                Tensor { dtype, bytes }.rows([value_rows, latent]),
+                *heads,
+            )
+        }
+    })
 }
 
 /// Finds one expert's tensors; `None` if one of them is not there, or the model has no such expert.
@@ -201,6 +220,20 @@ pub(crate) fn find<'a>(
         }
     };
     let (gate_bias, up_bias, down_bias) = match layout {
+        ExpertLayout::Separate { gate, up, down } => {
+            let bias = |there: bool, matrix, length| {
+                let name = || separate_bias_name(config.family, layer, expert, matrix);
+                Some(match there {
+                    true => Some(whole_matrix(store, &name(), [1, length], None)?),
+                    false => None,
+                })
+            };
+            (
+                bias(moe.gate_up_bias, gate, width)?,
+                bias(moe.gate_up_bias, up, width)?,
+                bias(moe.down_bias, down, hidden)?,
+            )
+        }
         ExpertLayout::StackedInterleaved | ExpertLayout::Mxfp4 => interleaved_biases()?,
         _ => (None, None, None),
     };

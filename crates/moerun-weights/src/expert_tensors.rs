@@ -7,7 +7,7 @@ use crate::{tensor::MXFP4_GROUP, tensor_names::feed_forward};
 /// The form in which a family stores its experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ExpertLayout {
-    /// Three matrices per expert, of these names.
+    /// Three matrices per expert, of these names, with a bias each where the model has them.
     Separate {
         /// `[intermediate, hidden]`.
         gate: &'static str,
@@ -91,6 +91,14 @@ pub(crate) fn separate_name(family: Family, layer: LayerId, expert: ExpertId, ma
     )
 }
 
+/// Name of one bias of one expert where each has a tensor of its own.
+pub(crate) fn separate_bias_name(family: Family, layer: LayerId, expert: ExpertId, matrix: &str) -> String {
+    format!(
+        "model.layers.{layer}.{}experts.{expert}.{matrix}.bias",
+        feed_forward(family)
+    )
+}
+
 /// Name of a tensor that holds something of all experts of a layer.
 pub(crate) fn stacked_name(family: Family, layer: LayerId, tensor: &str) -> String {
     let experts = if family == Family::GraniteMoe { "" } else { "experts." };
@@ -115,16 +123,30 @@ pub(crate) fn expert_tensors(
         ExpertLayout::Separate { gate, up, down } => (0..experts)
             .flat_map(|expert| {
                 let expert = ExpertId(expert as u16);
-                [
+                let weights = [
                     (gate, [intermediate, hidden]),
                     (up, [intermediate, hidden]),
                     (down, [hidden, intermediate]),
-                ]
-                .map(|(matrix, shape)| ExpertTensor {
+                ];
+                let biases = [
+                    (gate, moe.gate_up_bias, intermediate),
+                    (up, moe.gate_up_bias, intermediate),
+                    (down, moe.down_bias, hidden),
+                ];
+                let weights = weights.map(|(matrix, shape)| ExpertTensor {
                     name: separate_name(config.family, layer, expert, matrix),
                     shape: shape.to_vec(),
                     kind: Weights,
-                })
+                });
+                let biases = biases
+                    .into_iter()
+                    .filter(|(_, there, _)| *there)
+                    .map(move |(matrix, _, length)| ExpertTensor {
+                        name: separate_bias_name(config.family, layer, expert, matrix),
+                        shape: vec![length],
+                        kind: Bias,
+                    });
+                weights.into_iter().chain(biases)
             })
             .collect(),
         ExpertLayout::StackedRows => vec![

@@ -18,7 +18,7 @@ use memmap2::Mmap;
 
 pub(crate) use config::config_json;
 pub use metadata::GgufMetadata;
-pub(crate) use names::named_tensors;
+pub(crate) use names::{Arrangement, named_tensors};
 pub(crate) use tensors::GgufTensor;
 
 use crate::{WeightsError, directory};

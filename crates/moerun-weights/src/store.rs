@@ -9,7 +9,7 @@ use crate::{
     WeightsError,
     directory::{self, Directory, Found},
     expert_tensors::ExpertLayout,
-    gguf::{self, GgufFile},
+    gguf::{self, Arrangement, GgufFile},
     header::{self, ElementType, MAX_TENSORS},
     index::{self, Layout, Shards},
 };
@@ -21,8 +21,8 @@ pub(crate) struct StoredTensor {
     pub(crate) shape: Vec<usize>,
     shard: usize,
     bytes: std::ops::Range<usize>,
-    /// Width of a head whose rows alternate between its two halves (GGUF).
-    pub(crate) paired_head: Option<usize>,
+    /// How its rows are stored (GGUF).
+    pub(crate) arrangement: Arrangement,
 }
 
 /// All tensors of a checkpoint by name. Names are those of the plain family: a prefix common to all is taken off.
@@ -75,7 +75,7 @@ impl TensorStore {
                 shape: found.shape,
                 shard: 0,
                 bytes: found.bytes,
-                paired_head: found.paired_head,
+                arrangement: found.arrangement,
             };
             if tensors.len() == MAX_TENSORS {
                 let reason = format!("wanted at most {MAX_TENSORS} tensors in a checkpoint, found more");
@@ -111,6 +111,11 @@ impl TensorStore {
     /// Bytes of a tensor; touching them may read the disk.
     pub(crate) fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
         &self.shards[tensor.shard].map[tensor.bytes.clone()]
+    }
+
+    /// Other bytes of the shard that holds a tensor.
+    pub(crate) fn beside(&self, tensor: &StoredTensor, bytes: std::ops::Range<usize>) -> &[u8] {
+        &self.shards[tensor.shard].map[bytes]
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
@@ -197,7 +202,7 @@ impl TensorStore {
                 shape: found.shape,
                 shard,
                 bytes: found.bytes,
-                paired_head: None,
+                arrangement: Arrangement::AsTrained,
             };
             self.tensors.insert(tensor, stored);
         }

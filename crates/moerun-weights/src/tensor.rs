@@ -1,9 +1,11 @@
 //! One tensor of a checkpoint, read row by row as f32.
 
+mod keys_and_values;
 mod row_blocks;
 
 use std::ops::Range;
 
+use keys_and_values::KeysAndValues;
 pub use row_blocks::{ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
 
 use crate::{
@@ -48,6 +50,12 @@ impl Dtype {
             Dtype::Block(block) => (block.elements(), block.bytes()),
         }
     }
+
+    /// Elements in so many bytes.
+    pub(crate) fn elements(self, bytes: usize) -> usize {
+        let (elements, size) = self.block();
+        bytes / size * elements
+    }
 }
 
 /// Codes of MXFP4 that share an exponent.
@@ -75,6 +83,7 @@ enum Stored<'a> {
     Fp8(Fp8<'a>),
     Mxfp4(Mxfp4<'a>),
     Blocks(Blocks<'a>),
+    KeysAndValues(Box<KeysAndValues<'a>>),
 }
 
 /// Element `(row, col)` is number `first + row * row_stride + col * col_stride` of `bytes`.
@@ -263,6 +272,7 @@ impl<'a> MatrixSource<'a> {
             Stored::Fp8(_) => Dtype::F8E4M3,
             Stored::Mxfp4(_) => Dtype::U8,
             Stored::Blocks(blocks) => Dtype::Block(blocks.block),
+            Stored::KeysAndValues(both) => both.keys.dtype(),
         }
     }
 
@@ -291,6 +301,7 @@ impl<'a> MatrixSource<'a> {
             Stored::Fp8(fp8) => fp8.read(row, first, self.cols, out),
             Stored::Mxfp4(mxfp4) => mxfp4.read(row, first, self.cols, out),
             Stored::Blocks(blocks) => blocks.read(row, first, self.cols, out),
+            Stored::KeysAndValues(both) => both.read(row, first, out),
         }
     }
 
@@ -343,6 +354,7 @@ impl<'a> MatrixSource<'a> {
             Stored::Fp8(fp8) => fp8.stored_bytes(rows, cols, self.cols, sink),
             Stored::Mxfp4(mxfp4) => mxfp4.stored_bytes(rows, cols, self.cols, sink),
             Stored::Blocks(blocks) => blocks.stored_bytes(rows, cols, self.cols, sink),
+            Stored::KeysAndValues(both) => both.stored_bytes(rows, cols, sink),
         }
     }
 }

@@ -167,7 +167,7 @@ fn fp8_tensors_need_right_scales_beside_them() {
 const MXFP4_EXPERTS: &str = "model.layers.0.mlp.experts";
 
 /// gpt_oss with 64-wide experts (so that down has two groups a row) in 4 bits.
-fn mxfp4_checkpoint() -> tempfile::TempDir {
+pub(crate) fn mxfp4_checkpoint() -> tempfile::TempDir {
     let dir = copy_of(Family::GptOss);
     let changes = json!({ "quantization_config": { "quant_method": "mxfp4" }, "intermediate_size": 64 });
     change_config(dir.path(), changes);
