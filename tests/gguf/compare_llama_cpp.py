@@ -5,8 +5,9 @@
 MOERUN is the binary, WRITE_GGUF the example of moerun-testkit. Needs the packages of requirements.txt. Each case is a
 golden checkpoint, some with another config: rotary scaling follows from the config alone, and what a GGUF file cannot
 say must be what llama.cpp takes for granted. Prints a line per case: the largest difference from llama.cpp and from the
-checkpoint directory, over the largest logit. Exit code 1 if the former is above 1e-5, the latter above 1e-6 (only where
-rotary factors become a tensor is it above 0), or token ids differ.
+checkpoint directory, over the largest logit. Exit code 1 if the former is above 1e-5, the latter above 0, or token ids
+differ. With weights in 4 bits llama.cpp rounds activations to 8 bits, which can also change a choice of experts: there
+the median over positions counts, and may be 2e-2.
 """
 
 import json
@@ -46,6 +47,7 @@ CASES = [
     ("olmoe", "olmoe", {}),
     ("granitemoe", "granitemoe", {}),
     ("gpt-oss", "gpt_oss", GPT_OSS),
+    ("gpt-oss, MXFP4 experts", "gpt_oss", GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}),
     ("gpt-oss, no rotary scaling", "gpt_oss", GPT_OSS | {"rope_parameters": PLAIN}),
     ("deepseek2 of V2", "deepseek_v2", GREEDY),
     ("deepseek2 of V2, no rotary scaling", "deepseek_v2", GREEDY | {"rope_parameters": PLAIN}),
@@ -66,6 +68,15 @@ def checkpoint(family, changes, folder):
         dropped = tuple(f"model.layers.{layer}." for layer in range(changes["num_hidden_layers"], 64))
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(dropped)}
         save_file(kept, directory / "model.safetensors")
+    if "quantization_config" in changes:
+        weights = load_file(directory / "model.safetensors")
+        random = np.random.default_rng(3)
+        for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, inputs, outputs = weights.pop(name).shape
+            shape = (experts, outputs, inputs // 32)
+            weights[f"{name}_blocks"] = random.integers(0, 256, (*shape, 16), dtype=np.uint8)
+            weights[f"{name}_scales"] = random.integers(122, 125, shape, dtype=np.uint8)
+        save_file(weights, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -86,14 +97,15 @@ def compare(moerun, write_gguf, name, family, changes, folder):
     # The cache is f16 by default, which alone would move logits by 1e-3.
     model = Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1,
                   type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, flash_attn=False)
-    worst = largest = drift = 0.0
+    largest = drift = 0.0
+    differences = []
     for ids, mask, logits, wanted in zip(golden["input_ids"], golden["attention_mask"], ours, from_directory):
         valid = mask.astype(bool)
         model.reset()
         model.eval([int(token) for token in ids[valid]])
         theirs = np.array(model.scores[: valid.sum()])
         largest = max(largest, float(np.abs(theirs).max()))
-        worst = max(worst, float(np.abs(theirs - logits[valid]).max()))
+        differences.extend(np.abs(theirs - logits[valid]).max(axis=1))
         drift = max(drift, float(np.abs(wanted[valid] - logits[valid]).max()))
     facts = json.loads((directory / "golden.json").read_text())
     texts, prompts = facts["texts"], facts["prompts"]
@@ -101,9 +113,11 @@ def compare(moerun, write_gguf, name, family, changes, folder):
     same_ids = all(
         model.tokenize(text.encode(), add_bos=False, special=True) == ids[1:] for text, ids in zip(texts, prompts)
     )
-    print(f"{name}: llama.cpp {worst / largest:.1e}, directory {drift / largest:.1e}, "
+    in_blocks = "quantization_config" in changes
+    difference = float(np.median(differences) if in_blocks else np.max(differences)) / largest
+    print(f"{name}: llama.cpp {difference:.1e}{' (median)' if in_blocks else ''}, directory {drift / largest:.1e}, "
           f"token ids of {len(texts)} texts {'equal' if same_ids else 'DIFFERENT'}", flush=True)
-    return worst / largest <= 1e-5 and drift / largest <= 1e-6 and same_ids
+    return difference <= (2e-2 if in_blocks else 1e-5) and drift == 0 and same_ids
 
 
 def main():
