@@ -3,9 +3,12 @@
 //! What the file does not say follows llama.cpp (`llama-vocab.cpp`): which pre-tokenizer a name stands for, and whether
 //! the begin-of-sequence token is added. It names no normaliser and llama.cpp has none, so text is not normalised.
 
+mod pre_tokenizers;
+
 use std::{cmp::Reverse, collections::HashMap, path::Path};
 
 use moerun_weights::{GgufMetadata, WeightsError};
+use pre_tokenizers::{PRE_TOKENIZERS, byte_level_step};
 use serde_json::{Map, Value, json};
 
 use crate::GatewayError;
@@ -125,54 +128,6 @@ impl<'a> Vocabulary<'a> {
             })
             .collect()
     }
-}
-
-/// How text is cut before merging, and what goes with it.
-struct PreTokenizer {
-    names: &'static [&'static str],
-    steps: fn() -> Value,
-    ignore_merges: bool,
-    adds_bos: bool,
-}
-
-/// The patterns are those of the models' own files, which `llama-vocab.cpp` quotes.
-const PRE_TOKENIZERS: [PreTokenizer; 4] = [
-    PreTokenizer {
-        names: &["gpt-2", "olmo", "mpt"],
-        steps: || json!([byte_level_step(true)]),
-        ignore_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer {
-        names: &["refact", "starcoder", "smollm"],
-        steps: || json!([{ "type": "Digits", "individual_digits": true }, byte_level_step(true)]),
-        ignore_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer {
-        names: &["llama-bpe", "llama3", "llama-v3"],
-        steps: || json!([split_step(r"\p{N}{1,3}"), byte_level_step(false)]),
-        ignore_merges: true,
-        adds_bos: true,
-    },
-    PreTokenizer {
-        names: &["qwen2"],
-        steps: || json!([split_step(r"\p{N}"), byte_level_step(false)]),
-        ignore_merges: false,
-        adds_bos: false,
-    },
-];
-
-fn byte_level_step(use_regex: bool) -> Value {
-    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
-}
-
-/// Contractions, words with one sign before them, numbers, signs, line ends, spaces.
-fn split_step(numbers: &str) -> Value {
-    let pattern = format!(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    );
-    json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false })
 }
 
 /// Byte-level BPE, and whether its pre-tokenizer's models begin with a token of their own.
