@@ -51,6 +51,10 @@ fn a_gguf_file_computes_the_bits_of_its_checkpoint() {
         "deepseek_v2",
         json!({ "topk_method": "greedy", "n_group": 1, "topk_group": 1 }),
     ));
+    cases.push((
+        "llama4_text",
+        json!({ "attention_chunk_size": 8192, "floor_scale": 8192 }),
+    ));
     for (family, changes) in cases {
         let golden = Golden::read(family);
         let folder = TempDir::new().expect("a temporary folder");

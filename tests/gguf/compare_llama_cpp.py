@@ -28,6 +28,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 # llama.cpp rounds the ends of yarn's ramp, gpt-oss does not: with this theta both are at the last dimensions.
 GPT_OSS = {"swiglu_limit": 7.0, "rope_parameters": YARN | {"rope_theta": 3.0, "truncate": False}}
 GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+LLAMA4 = {"attention_chunk_size": 8192, "floor_scale": 8192}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Name, golden checkpoint, changes to its config.
@@ -54,6 +57,10 @@ CASES = [
     ("deepseek2 of V3", "deepseek_v3", {}),
     ("glm4moe", "glm4_moe", {}),
     ("ernie4_5-moe", "ernie4_5_moe", {}),
+    ("llama4", "llama4_text", LLAMA4),
+    ("llama4, llama3 rotary factors", "llama4_text", LLAMA4 | {"rope_parameters": LLAMA3}),
+    ("llama4, 128 experts", "llama4_text", LLAMA4 | {"num_local_experts": 128, "use_qk_norm": False}),
+    ("llama4, beyond a chunk", "llama4_text", LLAMA4 | {"max_position_embeddings": 16384}),
 ]
 
 
@@ -68,6 +75,13 @@ def checkpoint(family, changes, folder):
         dropped = tuple(f"model.layers.{layer}." for layer in range(changes["num_hidden_layers"], 64))
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(dropped)}
         save_file(kept, directory / "model.safetensors")
+    if "num_local_experts" in changes:
+        weights = load_file(directory / "model.safetensors")
+        random = np.random.default_rng(4)
+        for name in [name for name in weights if ".experts." in name or ".router." in name]:
+            shape = (changes["num_local_experts"], *weights[name].shape[1:])
+            weights[name] = random.normal(0, weights[name].std(), shape).astype(np.float32)
+        save_file(weights, directory / "model.safetensors")
     if "quantization_config" in changes:
         weights = load_file(directory / "model.safetensors")
         random = np.random.default_rng(3)
@@ -91,11 +105,14 @@ def compare(moerun, write_gguf, name, family, changes, folder):
     directory, path = checkpoint(family, changes, folder), folder / "model.gguf"
     subprocess.run([write_gguf, directory, path], check=True)
     inputs = directory / "golden.safetensors"
+    if "max_position_embeddings" in changes:
+        ids = np.random.default_rng(5).integers(3, 300, (1, 8400), dtype=np.int64)
+        save_file({"input_ids": ids, "attention_mask": np.ones_like(ids)}, inputs)
     ours = forward(moerun, path, inputs, folder / "gguf.safetensors")
     from_directory = forward(moerun, directory, inputs, folder / "directory.safetensors")
     golden = load_file(inputs)
     # The cache is f16 by default, which alone would move logits by 1e-3.
-    model = Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, n_threads=1,
+    model = Llama(str(path), n_ctx=golden["input_ids"].shape[1] + 64, n_batch=256, logits_all=True, verbose=False, n_threads=1,
                   type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, flash_attn=False)
     largest = drift = 0.0
     differences = []

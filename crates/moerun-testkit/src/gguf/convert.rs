@@ -54,7 +54,7 @@ impl RawGguf {
                     .entry(format!("blk.{layer}.{stack}.weight"))
                     .or_default()
                     .push((expert, tensor));
-            } else if !gguf.push_stack(layer, rest, tensor, &weights)
+            } else if !gguf.push_stack(layer, rest, tensor, &weights, architecture)
                 && !gguf.push_keys_and_values(layer, rest, tensor, &config)
             {
                 gguf.push_dense(layer, rest, tensor, &config, architecture);
@@ -70,7 +70,14 @@ impl RawGguf {
     }
 
     /// Experts that the checkpoint stacks as well; `false` if the tensor is none of them.
-    fn push_stack(&mut self, layer: &str, rest: &str, tensor: &RawTensor, weights: &RawFile) -> bool {
+    fn push_stack(
+        &mut self,
+        layer: &str,
+        rest: &str,
+        tensor: &RawTensor,
+        weights: &RawFile,
+        architecture: &str,
+    ) -> bool {
         let name = |stack: &str| format!("blk.{layer}.ffn_{stack}_exps.weight");
         let bias = |stack: &str| format!("blk.{layer}.ffn_{stack}_exps.bias");
         let halves = [(0, "gate"), (1, "up")];
@@ -95,12 +102,14 @@ impl RawGguf {
             ("gate_up_proj", &[experts, hidden, both]) => {
                 let by_rows = rows::transpose(data, [experts, hidden, both]);
                 let row = by_rows.len() / (experts * both);
+                // llama4 has the gate's columns first; gpt_oss alternates.
+                let piece = if architecture == "llama4" { row * both / 2 } else { row };
                 for (first, half) in halves {
                     self.push(
                         name(half),
                         dtype,
                         vec![experts, both / 2, hidden],
-                        rows::every_second(&by_rows, row, first),
+                        rows::every_second(&by_rows, piece, first),
                     );
                 }
             }
@@ -229,13 +238,23 @@ fn dense_name<'a>(module: &'a str, kind: &str, architecture: &str) -> &'a str {
         "q_b_proj" => "attn_q_b",
         "kv_a_proj_with_mqa" => "attn_kv_a_mqa",
         "kv_a_layernorm" => "attn_kv_a_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        "mlp.gate" | "mlp.router" | "block_sparse_moe.gate" | "block_sparse_moe.router.layer" => "ffn_gate_inp",
-        "mlp.shared_expert.gate_proj" | "mlp.shared_experts.gate_proj" => "ffn_gate_shexp",
-        "mlp.shared_expert.up_proj" | "mlp.shared_experts.up_proj" => "ffn_up_shexp",
-        "mlp.shared_expert.down_proj" | "mlp.shared_experts.down_proj" => "ffn_down_shexp",
+        "mlp.gate_proj" | "feed_forward.gate_proj" => "ffn_gate",
+        "mlp.up_proj" | "feed_forward.up_proj" => "ffn_up",
+        "mlp.down_proj" | "feed_forward.down_proj" => "ffn_down",
+        "mlp.gate"
+        | "mlp.router"
+        | "feed_forward.router"
+        | "block_sparse_moe.gate"
+        | "block_sparse_moe.router.layer" => "ffn_gate_inp",
+        "mlp.shared_expert.gate_proj" | "mlp.shared_experts.gate_proj" | "feed_forward.shared_expert.gate_proj" => {
+            "ffn_gate_shexp"
+        }
+        "mlp.shared_expert.up_proj" | "mlp.shared_experts.up_proj" | "feed_forward.shared_expert.up_proj" => {
+            "ffn_up_shexp"
+        }
+        "mlp.shared_expert.down_proj" | "mlp.shared_experts.down_proj" | "feed_forward.shared_expert.down_proj" => {
+            "ffn_down_shexp"
+        }
         "mlp.shared_expert_gate" => "ffn_gate_inp_shexp",
         other => other,
     }

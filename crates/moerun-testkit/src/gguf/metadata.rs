@@ -18,6 +18,7 @@ pub(super) fn architecture(config: &Value) -> &'static str {
         Some("deepseek_v2" | "deepseek_v3") => "deepseek2",
         Some("glm4_moe") => "glm4moe",
         Some("ernie4_5_moe") => "ernie4_5-moe",
+        Some("llama4_text") => "llama4",
         _ => "llama",
     }
 }
@@ -76,15 +77,17 @@ fn sizes(config: &Value, architecture: &str) -> Vec<(&'static str, Option<u32>)>
     };
     let both = |a: Option<u32>, b: Option<u32>| Some(a? + b?);
     let expert_width = match architecture {
-        "gpt-oss" => of("intermediate_size"),
+        "gpt-oss" | "llama4" => of("intermediate_size"),
         _ => of("moe_intermediate_size"),
     };
-    let ernie = |name: &str| of(name).filter(|_| architecture == "ernie4_5-moe");
     vec![
         ("context_length", of("max_position_embeddings")),
         ("embedding_length", of("hidden_size")),
         ("block_count", of("num_hidden_layers")),
-        ("feed_forward_length", of("intermediate_size")),
+        (
+            "feed_forward_length",
+            of_any(&["intermediate_size_mlp", "intermediate_size"]),
+        ),
         ("attention.head_count", of("num_attention_heads")),
         // The absorbed form has one key for all heads.
         (
@@ -143,7 +146,10 @@ fn sizes(config: &Value, architecture: &str) -> Vec<(&'static str, Option<u32>)>
             "leading_dense_block_count",
             of_any(&["first_k_dense_replace", "moe_layer_start_index"]),
         ),
-        ("interleave_moe_layer_step", ernie("moe_layer_interval")),
+        (
+            "interleave_moe_layer_step",
+            of_any(&["moe_layer_interval", "interleave_moe_layer_step"]),
+        ),
         (
             "nextn_predict_layers",
             of("num_nextn_predict_layers").filter(|_| architecture == "glm4moe"),

@@ -162,6 +162,7 @@ impl Reader<'_> {
             Architecture::Deepseek2 => "deepseek_v2",
             Architecture::Glm4Moe => "glm4_moe",
             Architecture::Ernie45Moe => "ernie4_5_moe",
+            Architecture::Llama4 => "llama4_text",
         })
     }
 

@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// Families that the writer and the reader know, with what of their golden configs a GGUF file cannot say: gpt-oss files
-/// are of models with a limit of 7, and V2's groups are taken in another way by llama.cpp. llama's rotary scaling
-/// becomes a tensor and is tested apart.
+/// are of models with a limit of 7, llama4 files of models with chunks of 8192, and V2's groups are taken in another way
+/// by llama.cpp. llama's rotary scaling becomes a tensor and is tested apart.
 fn families() -> Vec<(Family, Value)> {
     let plain = [
         Family::Mixtral,
@@ -30,6 +30,10 @@ fn families() -> Vec<(Family, Value)> {
     let mut families = plain.map(|family| (family, json!({}))).to_vec();
     families.push((Family::GptOss, json!({ "swiglu_limit": 7.0 })));
     families.push((Family::DeepseekV2, one_group()));
+    families.push((
+        Family::Llama4Text,
+        json!({ "attention_chunk_size": 8192, "floor_scale": 8192 }),
+    ));
     families
 }
 

@@ -13,10 +13,11 @@ pub(super) enum Architecture {
     Deepseek2,
     Glm4Moe,
     Ernie45Moe,
+    Llama4,
 }
 
 /// Names in `general.architecture`.
-const NAMES: [(&str, Architecture); 10] = [
+const NAMES: [(&str, Architecture); 11] = [
     ("llama", Architecture::Llama),
     ("qwen2moe", Architecture::Qwen2Moe),
     ("qwen3", Architecture::Qwen3),
@@ -27,6 +28,7 @@ const NAMES: [(&str, Architecture); 10] = [
     ("deepseek2", Architecture::Deepseek2),
     ("glm4moe", Architecture::Glm4Moe),
     ("ernie4_5-moe", Architecture::Ernie45Moe),
+    ("llama4", Architecture::Llama4),
 ];
 
 /// Keys that say nothing about the result, or that follow from the tensors.
@@ -99,6 +101,7 @@ impl Architecture {
                 "interleave_moe_layer_step",
                 "expert_shared_count",
             ],
+            Llama4 => &["interleave_moe_layer_step"],
             Llama | Qwen2Moe | Qwen3 | Qwen3Moe | Olmoe | Glm4Moe => &[],
         };
         let router = matches!(self, Deepseek2 | Glm4Moe) && DEEPSEEK_ROUTER.contains(&key);

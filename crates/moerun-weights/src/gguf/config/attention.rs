@@ -33,6 +33,14 @@ impl Reader<'_> {
         if self.architecture == Architecture::GptOss {
             set("sliding_window", json!(self.required("attention.sliding_window")?));
         }
+        if self.architecture == Architecture::Llama4 {
+            // Not in the file: llama.cpp and the released models have these.
+            set("attention_chunk_size", json!(8192));
+            set("no_rope_layer_interval", json!(4));
+            set("attn_temperature_tuning", json!(true));
+            set("attn_scale", json!(0.1));
+            set("floor_scale", json!(8192));
+        }
         Ok(fields)
     }
 

@@ -61,6 +61,16 @@ impl Reader<'_> {
                 set("moe_layer_interval", json!(self.required("interleave_moe_layer_step")?));
                 set("moe_num_shared_experts", json!(self.shared_experts_of_width(width)?));
             }
+            Architecture::Llama4 => {
+                set("intermediate_size", json!(width));
+                set("intermediate_size_mlp", json!(self.size("feed_forward_length")?));
+                set(
+                    "interleave_moe_layer_step",
+                    json!(self.required("interleave_moe_layer_step")?),
+                );
+                // As llama.cpp: of the released models only the one with 128 experts has no norms.
+                set("use_qk_norm", json!(count != 128));
+            }
             _ => {
                 set("intermediate_size", json!(width));
             }

@@ -9,7 +9,7 @@ use crate::WeightsError;
 const FACTORS: &str = "rope_freqs.weight";
 
 impl Reader<'_> {
-    /// The width of a head that is rotated, and `rope_scaling`.
+    /// `rope_scaling`.
     pub(super) fn rope_scaling(&self) -> Result<Value, WeightsError> {
         let key = self.key("rope.scaling.type");
         let factor = self.float("rope.scaling.factor")?;
@@ -19,7 +19,7 @@ impl Reader<'_> {
         let factors = self.file.tensors.iter().find(|tensor| tensor.name == FACTORS);
         match (kind, factors, self.architecture) {
             ("none", None, _) => Ok(json!({ "rope_type": "default" })),
-            ("none", Some(factors), Architecture::Llama) => {
+            ("none", Some(factors), Architecture::Llama | Architecture::Llama4) => {
                 let factors = factors
                     .floats(&self.file.map)
                     .ok_or_else(|| WeightsError::wrong_type(FACTORS, "F32", factors.dtype))?;
@@ -50,7 +50,8 @@ impl Reader<'_> {
                 Err(self.metadata.refuse(&key, wanted, format!("{other:?}")))
             }
             (other, Some(_), _) => {
-                let wanted = format!("no scaling beside {FACTORS}, and {FACTORS} in architecture llama alone");
+                let wanted =
+                    format!("no scaling beside {FACTORS}, and {FACTORS} in architectures llama and llama4 alone");
                 Err(self.metadata.refuse(&key, wanted, format!("{other:?}")))
             }
         }
