@@ -36,7 +36,7 @@ const LAST_RECONNECT: Duration = Duration::from_secs(1);
 /// Which workers, and how long to wait for them.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
-    /// `host:port` of each.
+    /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
     /// How long workers may take to come up, loading included.
     pub startup_timeout: Duration,

@@ -10,7 +10,7 @@ use moerun_types::{CombineMode, NumberFormat};
 pub struct WorkerConfig {
     /// Checkpoint directory; only the expert tensors need be there.
     pub model_dir: PathBuf,
-    /// `host:port` to listen on; port 0 takes a free one.
+    /// `host:port` to listen on, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
     /// Which experts, or slices of them, to hold.
     pub shard: ShardSpec,

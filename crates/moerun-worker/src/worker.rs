@@ -1,7 +1,7 @@
 //! Starts a worker in the order in which it can fail cheaply: settings, shard, memory, address; then load; then ready.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    io,
     sync::{Arc, OnceLock},
     thread::JoinHandle,
     time::Duration,
@@ -9,7 +9,7 @@ use std::{
 
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
-use moerun_process::{DataPlane, LoadProgress, Shutdown};
+use moerun_process::{Address, DataPlane, Listener, LoadProgress, Shutdown, SocketFile};
 use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
 use moerun_types::{Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, Needs};
@@ -27,17 +27,19 @@ use crate::{
 /// A running worker. Dropping it stops it at once; [`Worker::wait`] lets it end in order.
 #[derive(Debug)]
 pub struct Worker {
-    address: SocketAddr,
+    address: Address,
     shutdown: Shutdown,
     server: Option<Task<Result<(), WorkerError>>>,
     compute: Option<JoinHandle<()>>,
+    // Before the data plane: no file tells of a door that is closed.
+    _socket: Option<SocketFile>,
     data_plane: DataPlane,
 }
 
 /// How a worker serves what it holds.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
-    /// `host:port`; port 0 takes a free one.
+    /// `host:port`, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
     /// Threads that compute, at least 1.
     pub threads: usize,
@@ -103,8 +105,8 @@ impl Worker {
     }
 
     /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn address(&self) -> &Address {
+        &self.address
     }
 
     /// What ends it.
@@ -147,7 +149,8 @@ impl Drop for Worker {
 /// An address that is taken, a server on it, no experts yet.
 struct Listening {
     options: ServeOptions,
-    address: SocketAddr,
+    address: Address,
+    socket: Option<SocketFile>,
     shutdown: Shutdown,
     data_plane: DataPlane,
     loaded: Arc<OnceLock<Loaded>>,
@@ -163,19 +166,25 @@ impl Listening {
             address: options.listen.clone(),
             source,
         };
-        let listener = TcpListener::bind(&options.listen).map_err(listen)?;
-        let address = listener.local_addr().map_err(listen)?;
+        let wanted = Address::parse(&options.listen)
+            .map_err(|reason| listen(io::Error::new(io::ErrorKind::InvalidInput, reason)))?;
+        let listener = Listener::bind(&wanted).map_err(listen)?;
+        let address = listener.address().map_err(listen)?;
+        if let Address::Unix(path) = &address {
+            shutdown.remove_at_end(path.clone());
+        }
         let data_plane = DataPlane::start("moerun-data").map_err(|source| WorkerError::Start {
             what: "data plane",
             source,
         })?;
         let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout);
-        let prepared = data_plane.handle().block_on(preparing)?;
+        let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);
         Ok(Self {
             options,
             address,
+            socket,
             shutdown,
             data_plane,
             loaded,
@@ -225,6 +234,7 @@ impl Listening {
             shutdown: self.shutdown,
             server: Some(self.server),
             compute: Some(thread),
+            _socket: self.socket,
             data_plane: self.data_plane,
         })
     }

@@ -96,7 +96,7 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Worker processes to start on loopback and stop with this one; 0 = experts in this process [default: 0]
+    /// Worker processes to start on Unix sockets and stop with this one; 0 = experts in this process [default: 0]
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
 
@@ -111,7 +111,7 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Address of a worker, HOST:PORT; once for each
+    /// Address of a worker, HOST:PORT or unix:/PATH; once for each
     #[arg(long, value_name = "ADDR")]
     pub(crate) worker: Vec<String>,
 
@@ -126,7 +126,7 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50061]
+    /// Address to listen on: HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50061]
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
 
@@ -177,7 +177,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
 
-    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
     #[arg(long, value_name = "N", conflicts_with = "connect")]
     pub(crate) workers: Option<usize>,
 
@@ -236,7 +236,7 @@ pub(crate) struct ForwardArgs {
     #[arg(long)]
     pub(crate) capture: bool,
 
-    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
 }

@@ -8,8 +8,8 @@ mod synthesize;
 mod worker;
 
 use std::{
+    fmt::Display,
     io::{self, Write},
-    net::SocketAddr,
     process::ExitCode,
 };
 
@@ -78,7 +78,7 @@ fn start_logging(settings: &mut Settings, default_filter: &str) -> Result<(), Te
 }
 
 /// The one line on standard output that tells a parent or an operator where the door is.
-fn print_ready(address: SocketAddr) -> io::Result<()> {
+fn print_ready(address: impl Display) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "ready grpc={address}")?;
     stdout.flush()

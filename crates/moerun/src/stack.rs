@@ -10,7 +10,7 @@ use moerun_engine::{Engine, EngineConfig};
 use moerun_gateway::{Gateway, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
 use moerun_model::{ExpertBank, Model};
-use moerun_process::{LoadProgress, available_threads, threads_per_worker};
+use moerun_process::{Address, LoadProgress, SocketFolder, available_threads, threads_per_worker};
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
@@ -41,7 +41,13 @@ pub(crate) struct Experts {
     numerics: Numerics,
     kv_memory_bytes: u64,
     max_context: usize,
-    _workers: Option<LocalWorkers>,
+    _workers: Option<StartedWorkers>,
+}
+
+/// Worker processes, and the folder of their sockets, which goes after them.
+struct StartedWorkers {
+    processes: LocalWorkers,
+    _sockets: Option<SocketFolder>,
 }
 
 /// Where the experts are.
@@ -110,7 +116,7 @@ impl Experts {
             Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
             Place::Local(_) | Place::Remote(_) => {
                 let addresses = match (&workers, place) {
-                    (Some(workers), _) => workers.addresses().to_vec(),
+                    (Some(workers), _) => workers.processes.addresses().to_vec(),
                     (None, Place::Remote(addresses)) => addresses,
                     (None, _) => Vec::new(),
                 };
@@ -275,21 +281,19 @@ fn load_bank(checkpoint: &Checkpoint, numerics: Numerics) -> anyhow::Result<Arc<
     Ok(Arc::new(bank))
 }
 
-/// Starts `count` workers of this binary on loopback and waits until they are ready.
+/// Starts `count` workers of this binary on Unix sockets and waits until they are ready.
 fn start_workers(
     settings: &Settings,
     dir: &Path,
     config: &ModelConfig,
     numerics: Numerics,
     count: usize,
-) -> anyhow::Result<LocalWorkers> {
+) -> anyhow::Result<StartedWorkers> {
     let intermediate = config.moe.as_ref().map_or(0, |moe| moe.intermediate);
     let threads = threads_per_worker(settings.threads.unwrap_or_else(available_threads), count);
     let common: Vec<String> = [
         "worker",
         "--exit-with-parent",
-        "--listen",
-        "127.0.0.1:0",
         "--model",
         dir.to_str()
             .with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
@@ -308,9 +312,20 @@ fn start_workers(
     ]
     .map(str::to_owned)
     .to_vec();
+    let sockets = SocketFolder::create()
+        .inspect_err(|error| tracing::warn!("workers listen on loopback, which is slower than Unix sockets: {error}"))
+        .ok();
     let arguments = local_shards(numerics.num_blocks(intermediate), count)
         .iter()
-        .map(|shard| [common.clone(), vec!["--shard".to_owned(), shard.to_string()]].concat())
+        .enumerate()
+        .map(|(index, shard)| {
+            let listen = match &sockets {
+                Some(sockets) => sockets.address(index),
+                None => Address::Tcp("127.0.0.1:0".to_owned()),
+            };
+            let own = ["--listen", &listen.to_string(), "--shard", &shard.to_string()].map(str::to_owned);
+            [common.clone(), own.to_vec()].concat()
+        })
         .collect();
     let workers = LocalWorkersConfig {
         program: std::env::current_exe().context("the path of this binary")?,
@@ -318,5 +333,8 @@ fn start_workers(
         ready_timeout: START_UP_TIMEOUT,
         stop_grace: STOP_GRACE,
     };
-    Ok(LocalWorkers::start(workers)?)
+    Ok(StartedWorkers {
+        processes: LocalWorkers::start(workers)?,
+        _sockets: sockets,
+    })
 }

@@ -367,7 +367,7 @@ fn a_drain_finishes_what_is_queued_and_refuses_the_rest() {
     assert_eq!(gateway.receive(), Some((1, sums())));
     assert_eq!(gateway.receive(), Some((2, sums())));
     assert_eq!(gateway.receive(), None);
-    let address = worker.address();
+    let address = worker.address().to_string();
     worker.wait().unwrap();
     assert!(std::net::TcpStream::connect(address).is_err(), "the port is free again");
 }

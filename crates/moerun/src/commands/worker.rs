@@ -1,7 +1,7 @@
 //! `moerun worker`: holds experts and runs them for gateways.
 
 use anyhow::Context;
-use moerun_process::{Exit, Shutdown, available_threads};
+use moerun_process::{Address, Exit, Shutdown, available_threads};
 use moerun_routing::ShardSpec;
 use moerun_worker::{Worker, WorkerConfig};
 
@@ -30,9 +30,21 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     };
     let shutdown = Shutdown::on_signals().context("signals")?;
     if args.exit_with_parent {
+        // The parent made the folder; should it have been killed, the last worker takes it along.
+        if let Ok(Address::Unix(path)) = Address::parse(&config.listen)
+            && let Some(folder) = path.parent()
+        {
+            shutdown.remove_at_end(folder.to_owned());
+        }
         shutdown.drain_with_parent().context("standard input")?;
     }
-    let worker = Worker::start(&config, shutdown.clone())?;
+    let outcome = serve(&config, &shutdown);
+    shutdown.remove_leftovers();
+    outcome
+}
+
+fn serve(config: &WorkerConfig, shutdown: &Shutdown) -> anyhow::Result<Exit> {
+    let worker = Worker::start(config, shutdown.clone())?;
     shutdown.begin();
     super::print_ready(worker.address())?;
     worker.wait()?;
