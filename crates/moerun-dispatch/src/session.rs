@@ -192,7 +192,12 @@ mod tests {
 
     #[test]
     fn addresses_are_host_and_port_or_a_socket() {
-        for good in ["127.0.0.1:50061", "worker-0.workers:50061", "[::1]:50061", "unix:/run/a"] {
+        for good in [
+            "127.0.0.1:50061",
+            "worker-0.workers:50061",
+            "[::1]:50061",
+            "unix:/run/a",
+        ] {
             endpoint(good).unwrap();
         }
         for bad in [

@@ -10,6 +10,8 @@
 //! the caller's own thread: a thread that calls them should call [`flush_denormals`] once when it starts.
 
 mod activations;
+#[allow(unsafe_code)] // calls the allocator's own settings
+mod allocator;
 mod attention;
 mod bf16;
 #[allow(unsafe_code)] // reads and writes the floating-point control register
@@ -28,6 +30,8 @@ mod norm;
 mod packed;
 #[allow(unsafe_code)] // lends a borrowed task to the pool's threads
 mod pool;
+#[allow(unsafe_code)] // SIMD intrinsics
+mod probe;
 mod rotary;
 mod row_products;
 #[allow(unsafe_code)] // SIMD intrinsics
@@ -38,6 +42,7 @@ mod test_data;
 mod tile;
 
 pub use activations::{Activations, ActivationsError};
+pub use allocator::keep_freed_memory;
 pub use attention::{AttentionRow, paged_attention};
 pub use denormals::flush_denormals;
 pub use elementwise::{sigmoid, softmax};
@@ -49,4 +54,5 @@ pub use kv_pages::{KV_PAGE_TOKENS, KvPages};
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
 pub use packed::PackedMatrix;
 pub use pool::CpuPool;
+pub use probe::{Multiply, ProbeMemory, multiply_peak, read_bandwidth};
 pub use rotary::RotaryTable;

@@ -56,7 +56,10 @@ impl Address {
             Address::Unix(_) => true,
             Address::Tcp(text) => {
                 let host = text.rsplit_once(':').map_or("", |(host, _)| host);
-                let host = host.strip_prefix('[').and_then(|it| it.strip_suffix(']')).unwrap_or(host);
+                let host = host
+                    .strip_prefix('[')
+                    .and_then(|it| it.strip_suffix(']'))
+                    .unwrap_or(host);
                 host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
             }
         }
@@ -78,7 +81,13 @@ mod tests {
 
     #[test]
     fn both_kinds_are_read_and_written_alike() {
-        for text in ["127.0.0.1:0", "worker-0.workers:50061", "[::1]:50061", "unix:/run/a.sock", "unix:a.sock"] {
+        for text in [
+            "127.0.0.1:0",
+            "worker-0.workers:50061",
+            "[::1]:50061",
+            "unix:/run/a.sock",
+            "unix:a.sock",
+        ] {
             assert_eq!(Address::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(Address::parse("unix:///a").unwrap(), Address::Unix("/a".into()));
@@ -87,7 +96,11 @@ mod tests {
     #[test]
     fn what_is_no_address_is_refused_in_words() {
         for bad in ["", "127.0.0.1", ":50061", "host:70000", "host:x"] {
-            assert_eq!(Address::parse(bad).unwrap_err(), "wanted host:port or unix:/path", "{bad:?}");
+            assert_eq!(
+                Address::parse(bad).unwrap_err(),
+                "wanted host:port or unix:/path",
+                "{bad:?}"
+            );
         }
         assert!(Address::parse("unix:").unwrap_err().contains("found none"));
         let long = format!("unix:/{}", "a".repeat(MAX_SOCKET_PATH));

@@ -9,6 +9,7 @@ mod listener;
 mod progress;
 mod shutdown;
 mod socket_folder;
+mod spin;
 mod telemetry;
 mod threads;
 
@@ -19,5 +20,6 @@ pub use listener::{Listener, SocketFile};
 pub use progress::{LoadProgress, WARNINGS_AND_PROGRESS};
 pub use shutdown::Shutdown;
 pub use socket_folder::SocketFolder;
+pub use spin::{Spin, spin_then_wait};
 pub use telemetry::{LogFormat, TelemetryError, init_telemetry};
 pub use threads::{available_threads, threads_per_worker};

@@ -177,6 +177,9 @@ mod tests {
     fn port_0_becomes_the_port_that_was_found() {
         let listener = Listener::bind(&Address::parse("127.0.0.1:0").unwrap()).unwrap();
         let address = listener.address().unwrap().to_string();
-        assert!(address.starts_with("127.0.0.1:") && !address.ends_with(":0"), "{address}");
+        assert!(
+            address.starts_with("127.0.0.1:") && !address.ends_with(":0"),
+            "{address}"
+        );
     }
 }

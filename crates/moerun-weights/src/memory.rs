@@ -12,6 +12,8 @@ const PANEL_ROWS: u64 = 16;
 pub struct MemoryNeed {
     /// Everything that is not an expert (embedding, attention, routers in f32, shared experts, head).
     pub gateway_bytes: u64,
+    /// Of that, the embedding: a token reads one row of it, or all where the head is tied to it.
+    pub embedding_bytes: u64,
     /// One expert.
     pub expert_bytes: u64,
     /// All experts of all layers.
@@ -43,8 +45,10 @@ impl MemoryNeed {
             .sum();
         let expert_bytes = config.moe.as_ref().map_or(0, |moe| expert_bytes(config, moe, format));
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts) as u64;
+        let embedding_bytes = dense_bytes(TensorRole::Embedding, &[config.vocab_size, config.hidden], format);
         MemoryNeed {
             gateway_bytes,
+            embedding_bytes,
             expert_bytes,
             all_experts_bytes: expert_bytes * num_experts * config.moe_layers().len() as u64,
             kv_bytes_per_token: 4 * cached_elements(&config.attention) * config.layers.len() as u64,

@@ -26,6 +26,8 @@ pub struct WorkerConfig {
     pub max_queue: usize,
     /// How long a drain may take before what is left is abandoned.
     pub drain_timeout: Duration,
+    /// How long the data plane looks for the next request before it sleeps.
+    pub patience: Duration,
 }
 
 impl WorkerConfig {
@@ -41,6 +43,7 @@ impl WorkerConfig {
             threads: moerun_process::available_threads(),
             max_queue: 256,
             drain_timeout: Duration::from_secs(30),
+            patience: Duration::ZERO,
         }
     }
 }

@@ -68,6 +68,7 @@ pub(crate) async fn prepare(
     listener: Listener,
     shutdown: Shutdown,
     drain_timeout: Duration,
+    patience: Duration,
 ) -> Result<(ExpertsServer, Option<SocketFile>), WorkerError> {
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = Health { reporter };
@@ -83,6 +84,7 @@ pub(crate) async fn prepare(
         loaded: loaded.clone(),
         shutdown: shutdown.clone(),
         closing: closing.clone(),
+        patience,
     };
     let expert_service = ExpertServiceServer::new(experts)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -24,6 +24,9 @@ use crate::{
     service::Loaded,
 };
 
+/// Rows of a request that is run where it is read: decoding, whose messages are short and whose answer is waited for.
+const INLINE_ROWS: usize = 8;
+
 /// A running worker. Dropping it stops it at once; [`Worker::wait`] lets it end in order.
 #[derive(Debug)]
 pub struct Worker {
@@ -47,6 +50,11 @@ pub struct ServeOptions {
     pub max_queue: usize,
     /// How long a drain may take.
     pub drain_timeout: Duration,
+    /// Requests of at most this many rows are run on the data plane's own thread while there are no others: no thread is
+    /// woken for them. 0 = none.
+    pub inline_rows: usize,
+    /// How long to look for a stream's next request before sleeping.
+    pub patience: Duration,
 }
 
 impl Worker {
@@ -61,6 +69,8 @@ impl Worker {
             threads: config.threads,
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
+            inline_rows: INLINE_ROWS,
+            patience: config.patience,
         };
         let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?;
         let model = checkpoint.config();
@@ -177,7 +187,7 @@ impl Listening {
             what: "data plane",
             source,
         })?;
-        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout);
+        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout, options.patience);
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);
@@ -207,10 +217,13 @@ impl Listening {
         limits: ModelLimits,
         identity: &WorkerIdentity,
     ) -> Result<Worker, WorkerError> {
-        let (compute, thread) = Compute::start(run, self.options.max_queue).map_err(|source| WorkerError::Start {
-            what: "compute thread",
-            source,
-        })?;
+        let (compute, thread) =
+            Compute::start(run, self.options.max_queue, self.options.inline_rows).map_err(|source| {
+                WorkerError::Start {
+                    what: "compute thread",
+                    source,
+                }
+            })?;
         let handshake = encode_handshake(identity);
         if self
             .loaded

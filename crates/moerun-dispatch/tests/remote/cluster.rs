@@ -42,6 +42,8 @@ pub(crate) fn options(listen: &str) -> ServeOptions {
         threads: 1,
         max_queue: 64,
         drain_timeout: Duration::from_secs(5),
+        inline_rows: 4,
+        patience: Duration::ZERO,
     }
 }
 
