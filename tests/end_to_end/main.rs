@@ -1,5 +1,6 @@
 //! End-to-end tests: real processes, real checkpoints, real clients.
 
+mod bench;
 mod cluster;
 mod command_line;
 mod gguf;

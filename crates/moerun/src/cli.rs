@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::PossibleValuesParser};
+use moerun_process::Spin;
 use moerun_types::NumberFormat;
 use moerun_weights::SHAPES;
 
@@ -25,7 +26,8 @@ pub(crate) struct Cli {
 
 /// Settings that a command takes, so that one file and one environment serve all commands, but has no use for: its help
 /// does not name them.
-const UNUSED: [(&str, &[&str]); 3] = [
+const UNUSED: [(&str, &[&str]); 4] = [
+    ("bench", &["max_queue", "prefix_cache", "speculate", "served_name"]),
     (
         "worker",
         &[
@@ -88,6 +90,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
     Synthesize(SynthesizeArgs),
+    /// Measure a model, or with `kernels` and `hop` its parts, beside what the machine can do
+    Bench(BenchArgs),
 }
 
 /// `moerun serve`.
@@ -289,6 +293,121 @@ pub(crate) struct SynthesizeArgs {
     /// List the shapes, one a line
     #[arg(long, exclusive = true)]
     pub(crate) list: bool,
+}
+
+/// `moerun bench`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) part: Option<BenchPart>,
+
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+}
+
+/// A part that is measured alone.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchPart {
+    /// Expert feed-forwards on 1 to 256 rows, in every number format
+    Kernels(BenchKernelsArgs),
+    /// A round trip between gateway and worker, beside a plain socket's
+    Hop(BenchHopArgs),
+}
+
+/// `moerun bench --model DIR`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<usize>,
+
+    /// Tokens of each prompt, drawn at random
+    #[arg(long, value_name = "P", default_value_t = 512)]
+    pub(crate) prompt_tokens: usize,
+
+    /// Tokens that each sequence generates while it is measured
+    #[arg(long, value_name = "G", default_value_t = 64)]
+    pub(crate) gen_tokens: usize,
+
+    /// Sequences that generate at the same time, one measurement each
+    #[arg(long, value_name = "B,…", value_delimiter = ',', default_value = "1")]
+    pub(crate) batch: Vec<usize>,
+
+    /// Measurements of each kind, after one that is not counted
+    #[arg(long, value_name = "R", default_value_t = 7)]
+    pub(crate) repeat: usize,
+
+    /// Seed of the prompts
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `moerun bench kernels`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchKernelsArgs {
+    /// Shapes whose experts are run
+    #[arg(
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        value_parser = PossibleValuesParser::new(SHAPES.iter().map(|shape| shape.name)),
+        default_value = "olmoe-1b-7b,granite-3.1-1b-a400m"
+    )]
+    pub(crate) shape: Vec<String>,
+
+    /// Only this number format [default: all]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) weights: Option<NumberFormat>,
+
+    /// Rows that each expert is run on
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16,32,64,128,256"
+    )]
+    pub(crate) rows: Vec<usize>,
+
+    /// Threads that compute [default: the machine's cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `moerun bench hop`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchHopArgs {
+    /// Bytes of a message, each way
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "4096,32768,1048576"
+    )]
+    pub(crate) bytes: Vec<usize>,
+
+    /// Whether both ends of the stream look for what comes before they sleep: on, off, or auto, which does on different cores
+    #[arg(long, value_name = "auto|on|off", default_value = "auto")]
+    pub(crate) spin: Spin,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Be the other end of the plain socket
+    #[arg(long, value_name = "ADDR", hide = true)]
+    pub(crate) echo_on: Option<String>,
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
+mod bench;
 mod forward;
 mod gateway;
 mod generate;
@@ -13,7 +14,7 @@ use std::{
     process::ExitCode,
 };
 
-use moerun_kernels::{Isa, IsaError};
+use moerun_kernels::{Isa, IsaError, keep_freed_memory};
 use moerun_process::{Exit, TelemetryError, init_telemetry};
 
 use crate::{
@@ -23,6 +24,7 @@ use crate::{
 
 /// Runs a command; what went wrong is the last line of standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
+    keep_freed_memory();
     let done = |outcome: anyhow::Result<()>| outcome.map(|()| Exit::Success);
     let outcome = Isa::from_env()
         .map_err(anyhow::Error::from)
@@ -34,6 +36,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
+            Command::Bench(args) => done(bench::run(args)),
         });
     let exit = match outcome {
         Ok(exit) => exit,

@@ -3,6 +3,7 @@
 
 mod cli;
 mod commands;
+mod formats;
 mod settings;
 mod size;
 mod stack;

@@ -9,7 +9,7 @@ use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
-use moerun_process::LogFormat;
+use moerun_process::{LogFormat, Spin};
 use moerun_types::{CombineMode, NumberFormat};
 use serde::{Deserialize, Serialize};
 
@@ -76,6 +76,12 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     speculate: Option<usize>,
+
+    /// Whether threads that wait for another process look for its answer for 50 µs before they sleep: on, off, or auto,
+    /// which does where the host has a core for every computing thread [default: auto]
+    #[arg(long, value_name = "auto|on|off", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spin: Option<Spin>,
 
     /// Name of the model in requests [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
@@ -190,6 +196,8 @@ pub(crate) struct Settings {
     pub(crate) prefix_cache: Switch,
     /// Most tokens guessed and verified in one step.
     pub(crate) speculate: usize,
+    /// Whether threads that wait for another process spin first.
+    pub(crate) spin: Spin,
     /// Name of the model in requests; `None` = the directory's name.
     pub(crate) served_name: Option<String>,
     /// `text` or `json`.
@@ -224,6 +232,7 @@ impl Default for Settings {
             max_queue: 256,
             prefix_cache: Switch::On,
             speculate: 0,
+            spin: Spin::Auto,
             served_name: None,
             log_format: LogFormat::Text,
             log_level: None,
@@ -397,6 +406,7 @@ mod tests {
             ("max_contxt = 64", "max_contxt"),
             ("max_queue = 0", "max_queue"),
             ("prefix_cache = \"maybe\"", "prefix_cache"),
+            ("spin = \"maybe\"", "spin"),
             ("speculate = 257", "speculate"),
             ("weights = \"f64\"", "weights"),
             ("combine_block = 12", "combine_block"),

@@ -60,6 +60,24 @@ enum Place {
 }
 
 impl Experts {
+    /// Starts an engine on them.
+    pub(crate) fn start_engine(&self, settings: &Settings) -> anyhow::Result<Engine> {
+        let config = EngineConfig {
+            kv_memory_bytes: self.kv_memory_bytes,
+            max_context: self.max_context,
+            max_batch_tokens: settings.max_batch_tokens,
+            max_queue: settings.max_queue,
+            prefix_cache: settings.prefix_cache == Switch::On,
+            speculate: settings.speculate,
+        };
+        Ok(Engine::start(
+            Arc::clone(&self.model),
+            Arc::clone(&self.backend),
+            Arc::clone(&self.pool),
+            config,
+        )?)
+    }
+
     /// Loads the model and its experts: in this process, or in `settings.workers` processes that it starts.
     pub(crate) fn start(settings: &Settings) -> anyhow::Result<Self> {
         let place = if settings.workers == 0 {
@@ -122,6 +140,9 @@ impl Experts {
                 };
                 let remote = RemoteConfig {
                     startup_timeout: START_UP_TIMEOUT,
+                    patience: settings
+                        .spin
+                        .patience(computing_threads(settings, &addresses), available_threads()),
                     ..RemoteConfig::new(addresses)
                 };
                 Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
@@ -153,20 +174,7 @@ impl Serving {
     pub(crate) fn start(settings: &Settings, experts: Experts) -> anyhow::Result<Self> {
         let dir = settings.model_dir()?;
         let codec = TextCodec::load(dir)?;
-        let engine_config = EngineConfig {
-            kv_memory_bytes: experts.kv_memory_bytes,
-            max_context: experts.max_context,
-            max_batch_tokens: settings.max_batch_tokens,
-            max_queue: settings.max_queue,
-            prefix_cache: settings.prefix_cache == Switch::On,
-            speculate: settings.speculate,
-        };
-        let engine = Engine::start(
-            Arc::clone(&experts.model),
-            Arc::clone(&experts.backend),
-            Arc::clone(&experts.pool),
-            engine_config,
-        )?;
+        let engine = experts.start_engine(settings)?;
         let gateway = Gateway::new(GatewayParts {
             engine: engine.handle(),
             codec,
@@ -190,6 +198,18 @@ fn directory_name(dir: &Path) -> String {
     absolute
         .file_name()
         .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Threads that compute on this host, as far as is known: this process' own, and those of workers here.
+fn computing_threads(settings: &Settings, workers: &[String]) -> usize {
+    let own = settings.threads.unwrap_or_else(available_threads);
+    let is_here = |worker: &&String| Address::parse(worker).is_ok_and(|it| it.is_on_this_host());
+    let here = workers.iter().filter(is_here).count();
+    let each = match settings.workers {
+        0 => 1, // started by someone else: at least one
+        count => threads_per_worker(own, count),
+    };
+    own + here * each
 }
 
 /// What gateway and workers must agree on.
@@ -291,6 +311,12 @@ fn start_workers(
 ) -> anyhow::Result<StartedWorkers> {
     let intermediate = config.moe.as_ref().map_or(0, |moe| moe.intermediate);
     let threads = threads_per_worker(settings.threads.unwrap_or_else(available_threads), count);
+    let computing = settings.threads.unwrap_or_else(available_threads) + threads * count;
+    let spin = if settings.spin.patience(computing, available_threads()).is_zero() {
+        "off"
+    } else {
+        "on"
+    };
     let common: Vec<String> = [
         "worker",
         "--exit-with-parent",
@@ -305,6 +331,8 @@ fn start_workers(
         &numerics.combine_block.to_string(),
         "--threads",
         &threads.to_string(),
+        "--spin",
+        spin,
         "--log-format",
         &settings.log_format.to_string(),
         "--log-level",

@@ -5,15 +5,12 @@ mod words;
 use std::io::{self, Write};
 
 use moerun_process::{LogFormat, init_telemetry};
-use moerun_types::{NumberFormat, default_combine_block};
+use moerun_types::default_combine_block;
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
 use serde_json::{Value, json};
 
 use self::words::{attention, count, counted, gate};
-use crate::{cli::InspectArgs, size::ByteSize};
-
-/// Number formats that experts can be held in.
-const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
+use crate::{cli::InspectArgs, formats::FORMATS, size::ByteSize};
 
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {

@@ -20,11 +20,16 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     };
     let mut settings = Settings::load(&args.serving, &role)?;
     super::start_logging(&mut settings, "info")?;
+    let threads = settings.threads.unwrap_or_else(available_threads);
+    let cores = available_threads();
+    // A gateway on this host computes too.
+    let gateway_here = usize::from(Address::parse(&settings.listen).is_ok_and(|it| it.is_on_this_host()));
     let config = WorkerConfig {
+        patience: settings.spin.patience(threads + gateway_here, cores),
         weights: settings.weights,
         combine: settings.combine,
         combine_block: settings.combine_block,
-        threads: settings.threads.unwrap_or_else(available_threads),
+        threads,
         max_queue: settings.max_queue,
         ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)
     };

@@ -17,7 +17,7 @@ enum Form {
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 21] = [
+const VARIABLES: [(&str, &str, Form); 22] = [
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
@@ -29,6 +29,7 @@ const VARIABLES: [(&str, &str, Form); 21] = [
     ("MOERUN_MAX_QUEUE", "max_queue", Form::Number),
     ("MOERUN_PREFIX_CACHE", "prefix_cache", Form::Text),
     ("MOERUN_SPECULATE", "speculate", Form::Number),
+    ("MOERUN_SPIN", "spin", Form::Text),
     ("MOERUN_SERVED_NAME", "served_name", Form::Text),
     ("MOERUN_LOG_FORMAT", "log_format", Form::Text),
     ("MOERUN_LOG", "log_level", Form::Text),
