@@ -6,6 +6,7 @@ mod hop;
 mod machine;
 mod model;
 mod pin;
+mod random;
 mod spread;
 mod table;
 

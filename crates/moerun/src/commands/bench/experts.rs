@@ -18,8 +18,8 @@ use serde_json::json;
 use super::{
     header,
     machine::{Machine, PROBE_BYTES},
-    model::Random,
     print_json,
+    random::Random,
     spread::Spread,
     table::{Table, share},
 };

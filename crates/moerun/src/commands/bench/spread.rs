@@ -16,7 +16,7 @@ impl Spread {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
         Self {
-            median: (quantile(&sorted, 0.5) + sorted[sorted.len() - 1 - (sorted.len() - 1).div_ceil(2)]) / 2.0,
+            median: (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0,
             min: sorted[0],
             max: sorted[sorted.len() - 1],
         }
