@@ -155,8 +155,5 @@ fn a_worker_that_never_comes_up_is_named() {
     );
     config.workers.push(address.to_string());
     let error = RemoteExperts::connect(config, checkpoint, numerics).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        format!("worker address {:?}: given twice", address.to_string())
-    );
+    assert_eq!(error.to_string(), format!("worker address {:?}: given twice", address));
 }
