@@ -85,7 +85,13 @@ impl KvPages {
     /// no such page.
     #[inline(always)]
     pub(crate) fn head(&self, page: u32, head: usize) -> (&[Line], &[Line]) {
-        self.lines.as_slice()[self.head_range(page, head)].split_at(self.key_dim)
+        self.stored(page, head).split_at(self.key_dim)
+    }
+
+    /// The memory of one head in one page. Panics if there is no such page.
+    #[inline(always)]
+    pub(crate) fn stored(&self, page: u32, head: usize) -> &[Line] {
+        &self.lines.as_slice()[self.head_range(page, head)]
     }
 
     #[inline(always)]
