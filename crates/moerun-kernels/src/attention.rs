@@ -91,18 +91,18 @@ impl Attention<'_> {
             return;
         }
         assert!(
-            num_heads.is_multiple_of(kv.kv_heads()),
+            num_heads.is_multiple_of(kv.shape().kv_heads),
             "{num_heads} query heads on {} kv heads",
-            kv.kv_heads()
+            kv.shape().kv_heads
         );
         assert_eq!(
             self.queries.len(),
-            rows.len() * num_heads * kv.key_dim(),
+            rows.len() * num_heads * kv.shape().key_dim,
             "length of the queries"
         );
         assert_eq!(
             out.len(),
-            rows.len() * num_heads * kv.value_dim(),
+            rows.len() * num_heads * kv.shape().value_dim,
             "length of the output"
         );
         assert!(
@@ -117,8 +117,14 @@ impl Attention<'_> {
             );
         }
         let visible: usize = rows.iter().map(|row| row.end_key - row.first_key).sum();
-        let work = visible * num_heads * (kv.key_dim() + kv.value_dim());
-        let plan = Plan::new(isa, pool.threads(), rows, num_heads / kv.kv_heads(), kv.kv_heads());
+        let work = visible * num_heads * (kv.shape().key_dim + kv.shape().value_dim);
+        let plan = Plan::new(
+            isa,
+            pool.threads(),
+            rows,
+            num_heads / kv.shape().kv_heads,
+            kv.shape().kv_heads,
+        );
         let out = Disjoint::new(out);
         pool.run_sized(plan.tasks.len(), work, &|task| {
             SCRATCH.with_borrow_mut(|scratch| {

@@ -45,7 +45,7 @@ pub use feed_forward::{
     DenseFeedForward, ExactTermError, FeedForward, Group, dense_feed_forward, grouped_exact, grouped_fast,
 };
 pub use isa::{Isa, IsaError};
-pub use kv_pages::{KV_PAGE_TOKENS, KvPages};
+pub use kv_pages::{KV_PAGE_TOKENS, KvPages, KvShape, KvValues};
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
 pub use packed::PackedMatrix;
 pub use pool::CpuPool;

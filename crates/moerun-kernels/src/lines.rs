@@ -9,7 +9,7 @@ pub(crate) type Line = [u32; LANES];
 const LINE_BYTES: usize = size_of::<Line>();
 
 /// Zeroed lines that start on a cache line border. Memory is touched only when written.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Lines {
     // Over-allocated and cut to size: an allocator asked for aligned zeroes would write them all.
     words: Vec<u32>,

@@ -52,6 +52,8 @@ pub(crate) trait Simd: Copy {
     fn power_factors(self, shifted: Self::F32s) -> [Self::F32s; 2];
     /// Lane `i` of row `j` of the result is lane `j` of `rows[i]`.
     fn transpose(self, rows: [Self::F32s; LANES]) -> [Self::F32s; LANES];
+    /// Lane `i` is the signed byte `index` of `line[i]`, the lowest being byte 0.
+    fn load_byte(self, line: &Line, index: usize) -> Self::F32s;
     /// Asks for `line` to be brought near; changes nothing.
     fn prefetch(self, line: &Line);
 }
@@ -151,6 +153,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn transpose(self, rows: [[f32; LANES]; LANES]) -> [[f32; LANES]; LANES] {
         std::array::from_fn(|lane| rows.map(|row| row[lane]))
+    }
+
+    #[inline(always)]
+    fn load_byte(self, line: &Line, index: usize) -> [f32; LANES] {
+        line.map(|word| f32::from((word >> (8 * index)) as i8))
     }
 
     #[inline(always)]
@@ -320,6 +327,16 @@ impl Simd for Avx2 {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    fn load_byte(self, line: &Line, index: usize) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        [0, 8].map(|first| unsafe {
+            let words = _mm256_loadu_si256(line.as_ptr().add(first).cast());
+            let high = _mm256_sll_epi32(words, _mm_cvtsi32_si128(24 - 8 * index as i32));
+            _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(high))
+        })
     }
 
     #[inline(always)]
@@ -503,6 +520,16 @@ impl Simd for Avx512 {
             }
         }
         out
+    }
+
+    #[inline(always)]
+    fn load_byte(self, line: &Line, index: usize) -> __m512 {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe {
+            let words = _mm512_loadu_si512(line.as_ptr().cast());
+            let high = _mm512_sll_epi32(words, _mm_cvtsi32_si128(24 - 8 * index as i32));
+            _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(high))
+        }
     }
 
     #[inline(always)]

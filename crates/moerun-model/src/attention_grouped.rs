@@ -92,7 +92,7 @@ impl GroupedQueryAttention {
             })
             .collect();
         parallel::for_each(pool, parts, |part| self.prepare(layer, rope, part));
-        store(kv, rows, &keys, &values);
+        store(kv, rows, &keys, Some(&values));
 
         let mut attended = Array2::zeros(queries.raw_dim()); // [tokens, num_heads * head_dim]
         paged_attention(

@@ -2,7 +2,7 @@
 //!
 //! Keys and values of all heads are linear in one latent vector per token, so the cache holds the latent (and the one
 //! rotary key) alone: a head's query goes through the key half of `kv_b` before it meets the latents, and the weighted
-//! sum of latents goes through the value half after. Prefill does the same as decode, so that a prompt gives the same
+//! sum of latents goes through the value half after. The latent is held once, as the start of its key. Prefill does the same as decode, so that a prompt gives the same
 //! bits however it is cut into chunks.
 
 use moerun_kernels::{Activations, CpuPool, PackedMatrix, paged_attention};
@@ -88,12 +88,12 @@ impl MultiHeadLatentAttention {
         let format = self.o_proj.weight.format();
         let x = Activations::round(format, x.view());
 
-        let (keys, latents) = self.keys_and_latents(&context, &x);
+        let keys = self.keys(&context, &x);
         let queries = self.absorbed_queries(&context, &x);
         let AttentionContext {
             pool, layer, rows, kv, ..
         } = context;
-        store(kv, rows, &keys, &latents);
+        store(kv, rows, &keys, None);
 
         let mut attended = Array2::zeros((rows.len(), self.shape.num_heads * self.shape.kv_lora_rank));
         paged_attention(
@@ -110,9 +110,8 @@ impl MultiHeadLatentAttention {
         self.o_proj.forward(pool, &Activations::round(format, values.view()))
     }
 
-    /// The one key of each row, `[tokens, kv_lora_rank + rope]`: its latent and the rotary key; and the latent,
-    /// `[tokens, kv_lora_rank]`, which is also its value.
-    fn keys_and_latents(&self, context: &AttentionContext<'_>, x: &Activations) -> (Array2<f32>, Array2<f32>) {
+    /// The one key of each row, `[tokens, kv_lora_rank + rope]`: its latent, which is also its value, and the rotary key.
+    fn keys(&self, context: &AttentionContext<'_>, x: &Activations) -> Array2<f32> {
         let rank = self.shape.kv_lora_rank;
         let mut keys = self.kv_a_proj.forward(context.pool, x);
         let latents = self
@@ -120,7 +119,7 @@ impl MultiHeadLatentAttention {
             .forward_parallel(context.pool, &keys.slice(s![.., ..rank]).to_owned());
         keys.slice_mut(s![.., ..rank]).assign(&latents);
         self.rotate(context, keys.slice_mut(s![.., rank..]));
-        (keys, latents)
+        keys
     }
 
     /// Queries as the cached keys want them, `[tokens, num_heads * (kv_lora_rank + rope)]`.

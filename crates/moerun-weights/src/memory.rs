@@ -1,6 +1,6 @@
 //! What a model needs in memory, and how many parameters it has.
 
-use moerun_types::{AttentionConfig, ModelConfig, MoeConfig, NumberFormat};
+use moerun_types::{ModelConfig, MoeConfig, NumberFormat};
 
 use crate::{LayerTensor, TensorRole, dense_tensors::dense_tensors};
 
@@ -16,8 +16,6 @@ pub struct MemoryNeed {
     pub expert_bytes: u64,
     /// All experts of all layers.
     pub all_experts_bytes: u64,
-    /// Keys and values of one token in all layers (f32).
-    pub kv_bytes_per_token: u64,
 }
 
 /// How many parameters a model has. A tied head counts once.
@@ -47,7 +45,6 @@ impl MemoryNeed {
             gateway_bytes,
             expert_bytes,
             all_experts_bytes: expert_bytes * num_experts * config.moe_layers().len() as u64,
-            kv_bytes_per_token: 4 * cached_elements(&config.attention) * config.layers.len() as u64,
         }
     }
 }
@@ -112,14 +109,4 @@ fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {
 
 fn expert_parameters(config: &ModelConfig, moe: &MoeConfig) -> u64 {
     3 * config.hidden as u64 * moe.intermediate as u64 + expert_biases(config, moe)
-}
-
-/// Elements that one token keeps in one layer: latent attention keeps the latent as key, with the rotary part, and
-/// once more as value, for all heads together.
-fn cached_elements(attention: &AttentionConfig) -> u64 {
-    let elements = match attention {
-        AttentionConfig::Grouped(grouped) => 2 * grouped.num_kv_heads * grouped.head_dim,
-        AttentionConfig::Latent(latent) => 2 * latent.kv_lora_rank + latent.qk_rope_head_dim,
-    };
-    elements as u64
 }

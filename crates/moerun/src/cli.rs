@@ -30,6 +30,7 @@ const UNUSED: [(&str, &[&str]); 3] = [
         "worker",
         &[
             "kv_memory",
+            "kv_format",
             "max_context",
             "max_batch_tokens",
             "prefix_cache",

@@ -10,7 +10,7 @@ use figment::{
     providers::{Format, Serialized, Toml},
 };
 use moerun_process::LogFormat;
-use moerun_types::{CombineMode, NumberFormat};
+use moerun_types::{CombineMode, KvFormat, NumberFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
@@ -49,6 +49,12 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<ByteSize>,
+
+    /// How keys and values are held: f32, bf16 or int8 (a byte each and a scale per token and head); answers stay equal
+    /// bit for bit within one format [default: f32]
+    #[arg(long, value_name = "FORMAT", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_format: Option<KvFormat>,
 
     /// Longest sequence, prompt and answer together [default: what the checkpoint supports]
     #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
@@ -180,6 +186,8 @@ pub(crate) struct Settings {
     pub(crate) threads: Option<usize>,
     /// Memory for keys and values; `None` = by the context and what is free.
     pub(crate) kv_memory: Option<ByteSize>,
+    /// How keys and values are held.
+    pub(crate) kv_format: KvFormat,
     /// Longest sequence; `None` = the checkpoint's.
     pub(crate) max_context: Option<usize>,
     /// Most rows in one forward pass.
@@ -219,6 +227,7 @@ impl Default for Settings {
             combine_block: None,
             threads: None,
             kv_memory: None,
+            kv_format: KvFormat::F32,
             max_context: None,
             max_batch_tokens: 512,
             max_queue: 256,
@@ -374,7 +383,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(
             file,
-            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
+            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nkv_format = \"int8\"\nworker = [\"a:1\"]"
         )
         .unwrap();
         let flags = ServingFlags {
@@ -387,6 +396,7 @@ mod tests {
         assert_eq!(settings.max_queue, 7);
         assert_eq!((settings.prefix_cache, settings.speculate), (Switch::Off, 4));
         assert_eq!(settings.kv_memory, Some(ByteSize(3 << 20)));
+        assert_eq!(settings.kv_format, KvFormat::Int8);
         assert_eq!(settings.worker, ["a:1"]);
         assert_eq!(settings.max_batch_tokens, 512);
     }
@@ -401,6 +411,7 @@ mod tests {
             ("weights = \"f64\"", "weights"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),
+            ("kv_format = \"int3\"", "kv_format"),
             ("max_context = = 64", "line 1, column"),
         ] {
             let mut file = tempfile::NamedTempFile::new().unwrap();

@@ -9,7 +9,7 @@ use moerun_dispatch::{
 use moerun_engine::{Engine, EngineConfig};
 use moerun_gateway::{Gateway, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
-use moerun_model::{ExpertBank, Model};
+use moerun_model::{ExpertBank, KvCache, Model};
 use moerun_process::{LoadProgress, available_threads, threads_per_worker};
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
@@ -149,6 +149,7 @@ impl Serving {
         let codec = TextCodec::load(dir)?;
         let engine_config = EngineConfig {
             kv_memory_bytes: experts.kv_memory_bytes,
+            kv_format: settings.kv_format,
             max_context: experts.max_context,
             max_batch_tokens: settings.max_batch_tokens,
             max_queue: settings.max_queue,
@@ -229,21 +230,23 @@ fn reckon_memory(
     let kv = match settings.kv_memory {
         Some(ByteSize(bytes)) => bytes,
         None => {
-            let context = need.kv_bytes_per_token.saturating_mul(max_context as u64);
+            let per_token = KvCache::bytes_per_token(config, settings.kv_format);
+            let context = per_token.saturating_mul(max_context as u64);
             // At least one page, so that the error below speaks of weights and not of an empty cache.
             context
                 .saturating_mul(DEFAULT_CONTEXTS)
                 .min(free / 4)
-                .max(need.kv_bytes_per_token.saturating_mul(16))
+                .max(per_token.saturating_mul(16))
         }
     };
     match available {
         Some(available) if weights.saturating_add(kv) > available => bail!(
             "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {format} + {} for keys \
-             and values = {}, but {} are available",
+             and values in {} = {}, but {} are available",
             ByteSize(need.gateway_bytes),
             ByteSize(experts),
             ByteSize(kv),
+            settings.kv_format,
             ByteSize(weights.saturating_add(kv)),
             ByteSize(available),
         ),

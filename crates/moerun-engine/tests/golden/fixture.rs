@@ -10,7 +10,9 @@ use moerun_dispatch::LocalExperts;
 use moerun_engine::{Capture, forward_step};
 use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
 use moerun_model::{ExpertBank, KvCache, Model, MoeInput, Step, StepSequence};
-use moerun_types::{BlockRange, CombineMode, ExpertId, ExpertSlice, LayerId, ModelConfig, NumberFormat, Numerics};
+use moerun_types::{
+    BlockRange, CombineMode, ExpertId, ExpertSlice, KvFormat, LayerId, ModelConfig, NumberFormat, Numerics,
+};
 use moerun_weights::{Checkpoint, Needs};
 use ndarray::{Array2, Axis, concatenate};
 
@@ -102,7 +104,7 @@ impl Fixture {
     /// Room for `num_sequences` sequences, whose pages alternate.
     pub(crate) fn session(&self, num_sequences: usize) -> Session {
         let pages_each = MAX_TOKENS.div_ceil(KV_PAGE_TOKENS);
-        let kv = KvCache::new(self.model.config(), pages_each * num_sequences);
+        let kv = KvCache::new(self.model.config(), KvFormat::F32, pages_each * num_sequences);
         let page = |sequence: usize, index: usize| u32::try_from(index * num_sequences + sequence).expect("few pages");
         let pages = (0..num_sequences).map(|sequence| (0..pages_each).map(|index| page(sequence, index)).collect());
         Session {

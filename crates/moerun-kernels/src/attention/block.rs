@@ -28,12 +28,23 @@ pub(super) struct Block {
     /// `[vector]`.
     keys: [(usize, usize); LANES],
     pub(super) running: Running,
+    scale: f32,
+}
+
+/// Where the numbers of one block lie.
+pub(super) struct BlockMemory<'a> {
+    /// `[key_dim][vectors]`.
+    pub(super) query: &'a [f32],
+    /// `[value_dim / 16][vectors]`.
+    pub(super) acc: &'a mut [[f32; LANES]],
+    /// Need not be kept.
+    pub(super) pages: &'a mut [PageWeights; PAGES_TOGETHER],
 }
 
 impl Block {
     /// `rows` yields the row of each vector; a sink is a vector's first maximum.
     #[inline(always)]
-    pub(super) fn new<'a>(rows: impl Iterator<Item = (AttentionRow<'a>, Option<f32>)>) -> Self {
+    pub(super) fn new<'a>(scale: f32, rows: impl Iterator<Item = (AttentionRow<'a>, Option<f32>)>) -> Self {
         let mut block = Self {
             vectors: 0,
             tiles: 0..0,
@@ -43,6 +54,7 @@ impl Block {
                 max: [f32::NEG_INFINITY; LANES],
                 sum: [0.0; LANES],
             },
+            scale,
         };
         for (row, sink) in rows {
             let t = block.vectors;
@@ -85,34 +97,24 @@ impl Block {
     /// Adds the tiles `tiles`, at most [`PAGES_TOGETHER`].
     ///
     /// - `T`: `self.vectors`; `K`: pages of keys computed together; `V`: runs of sixteen value dimensions computed together
-    /// - `query`: `[key_dim][T]`, `acc`: `[value_dim / 16][T]`, `pages`: memory that need not be kept
     #[inline(always)]
     pub(super) fn attend<S: Simd, const T: usize, const K: usize, const V: usize>(
         &mut self,
         simd: S,
         source: &PageSource<'_>,
         tiles: Range<usize>,
-        query: &[f32],
-        scale: f32,
-        acc: &mut [[f32; LANES]],
-        pages: &mut [PageWeights; PAGES_TOGETHER],
+        memory: BlockMemory<'_>,
     ) {
+        let BlockMemory { query, acc, pages } = memory;
         let query = query.as_chunks::<T>().0;
         let pages = &mut pages[..tiles.len()];
         let mut done = 0;
         while done + K <= pages.len() {
-            self.weigh::<S, T, K>(
-                simd,
-                source,
-                tiles.start + done,
-                query,
-                scale,
-                &mut pages[done..done + K],
-            );
+            self.weigh::<S, T, K>(simd, source, tiles.start + done, query, &mut pages[done..done + K]);
             done += K;
         }
         while done < pages.len() {
-            self.weigh::<S, T, 1>(simd, source, tiles.start + done, query, scale, &mut pages[done..=done]);
+            self.weigh::<S, T, 1>(simd, source, tiles.start + done, query, &mut pages[done..=done]);
             done += 1;
         }
 
@@ -134,7 +136,6 @@ impl Block {
         source: &PageSource<'_>,
         first_tile: usize,
         query: &[[f32; T]],
-        scale: f32,
         pages: &mut [PageWeights],
     ) {
         let mut keys: [&[Line]; P] = [&[]; P];
@@ -150,7 +151,7 @@ impl Block {
             for (own, scores) in own.iter_mut().zip(&scores) {
                 *own = scores[p];
             }
-            page.fill::<S, T>(simd, own, scale, &mut self.running);
+            page.fill::<S, T>(simd, own, self.scale, &mut self.running);
         }
     }
 }

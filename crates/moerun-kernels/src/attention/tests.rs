@@ -1,7 +1,9 @@
 use std::ops::Range;
 
+use moerun_types::KvFormat;
+
 use super::*;
-use crate::{exponential::exp, simd::sum_lanes, test_data::Rng};
+use crate::{KvShape, KvValues, exponential::exp, simd::sum_lanes, test_data::Rng};
 
 /// A cache of a few sequences whose pages are scattered, and queries on it.
 struct Case {
@@ -35,13 +37,32 @@ impl Case {
         let num_heads = kv_heads * [1, 2, 3, 5, 13][rng.below(5)];
         let key_dim = [10, 12, 24, 64, 1][rng.below(5)];
         let value_dim = [10, 16, 24, 33, 1][rng.below(5)];
+        let format = KvFormat::ALL[rng.below(3)];
+        let values_from = if value_dim <= key_dim && rng.below(2) == 0 {
+            KvValues::StartOfKey
+        } else {
+            KvValues::Own
+        };
         let lengths: Vec<usize> = (0..1 + rng.below(3)).map(|_| rng.below(150)).collect();
         let num_pages: usize = lengths.iter().map(|tokens| tokens.div_ceil(KV_PAGE_TOKENS)).sum();
-        let mut kv = KvPages::new(num_pages * 2 + 1, kv_heads, key_dim, value_dim);
+        let mut kv = KvPages::new(
+            format,
+            num_pages * 2 + 1,
+            KvShape {
+                kv_heads,
+                key_dim,
+                value_dim,
+                values: values_from,
+            },
+        );
+        let own_width = match values_from {
+            KvValues::Own => kv_heads * value_dim,
+            KvValues::StartOfKey => 0,
+        };
         // What no row may use is NaN.
         for page in 0..num_pages * 2 + 1 {
             for slot in 0..KV_PAGE_TOKENS {
-                let nan = [vec![f32::NAN; kv_heads * key_dim], vec![f32::NAN; kv_heads * value_dim]];
+                let nan = [vec![f32::NAN; kv_heads * key_dim], vec![f32::NAN; own_width]];
                 kv.write(page as u32, slot, &nan[0], &nan[1]);
             }
         }
@@ -52,7 +73,7 @@ impl Case {
                 .map(|_| free.swap_remove(rng.below(free.len())))
                 .collect();
             let keys: Vec<Vec<f32>> = (0..tokens).map(|_| rng.vec(kv_heads * key_dim)).collect();
-            let mut values: Vec<Vec<f32>> = (0..tokens).map(|_| rng.vec(kv_heads * value_dim)).collect();
+            let mut values: Vec<Vec<f32>> = (0..tokens).map(|_| rng.vec(own_width)).collect();
             if tokens > 0 && rng.below(4) == 0 {
                 // Rows that do not see it must not notice.
                 values[rng.below(tokens)].fill(f32::INFINITY);
@@ -61,6 +82,20 @@ impl Case {
                 let page = pages[position / KV_PAGE_TOKENS];
                 kv.write(page, position % KV_PAGE_TOKENS, &keys[position], &values[position]);
             }
+            let heads = |rows: &[Vec<f32>], parts: &[usize]| -> Vec<Vec<f32>> {
+                rows.iter().map(|row| held(format, row, parts)).collect()
+            };
+            let (keys, values) = match values_from {
+                KvValues::Own => (heads(&keys, &[key_dim]), heads(&values, &[value_dim])),
+                KvValues::StartOfKey => {
+                    let keys = heads(&keys, &[value_dim, key_dim - value_dim]);
+                    let start = |key: &Vec<f32>| -> Vec<f32> {
+                        key.chunks(key_dim).flat_map(|key| &key[..value_dim]).copied().collect()
+                    };
+                    let values = keys.iter().map(start).collect();
+                    (keys, values)
+                }
+            };
             sequences.push(Sequence { pages, keys, values });
         }
         let mut rows = Vec::new();
@@ -93,8 +128,8 @@ impl Case {
                 end_key: row.end_key,
             })
             .collect();
-        let query_width = self.num_heads * self.kv.key_dim();
-        let mut out = vec![f32::NAN; rows.len() * self.num_heads * self.kv.value_dim()];
+        let query_width = self.num_heads * self.kv.shape().key_dim;
+        let mut out = vec![f32::NAN; rows.len() * self.num_heads * self.kv.shape().value_dim];
         let attention = Attention {
             kv: &self.kv,
             rows: &attention_rows,
@@ -112,12 +147,12 @@ impl Case {
         &self,
         mut head_output: impl FnMut(Row, &[f32], &[&[f32]], &[&[f32]], Option<f32>) -> Vec<T>,
     ) -> Vec<T> {
-        let (key_dim, value_dim) = (self.kv.key_dim(), self.kv.value_dim());
+        let (key_dim, value_dim) = (self.kv.shape().key_dim, self.kv.shape().value_dim);
         let mut out = Vec::new();
         for (index, &row) in self.rows.iter().enumerate() {
             let Sequence { keys, values, .. } = &self.sequences[row.sequence];
             for head in 0..self.num_heads {
-                let kv_head = head / (self.num_heads / self.kv.kv_heads());
+                let kv_head = head / (self.num_heads / self.kv.shape().kv_heads);
                 let query = &self.queries[(index * self.num_heads + head) * key_dim..][..key_dim];
                 let visible = row.first_key..row.end_key;
                 let keys: Vec<_> = keys[visible.clone()]
@@ -145,7 +180,7 @@ impl Case {
             let weights: Vec<f64> = keys.iter().map(|key| score(key).exp()).collect();
             let sum = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| f64::from(sink).exp());
             let value = |d: usize| -> f64 { weights.iter().zip(values).map(|(p, v)| p * f64::from(v[d])).sum() };
-            (0..self.kv.value_dim())
+            (0..self.kv.shape().value_dim)
                 .map(|d| if keys.is_empty() { 0.0 } else { value(d) / sum })
                 .collect()
         })
@@ -156,7 +191,7 @@ impl Case {
         let _flush = crate::denormals::FlushDenormals::enter();
         self.for_each_head(|row, query, keys, values, sink| {
             let (mut max, mut sum) = sink.map_or((f32::NEG_INFINITY, 0.0), |sink| (sink, 1.0_f32));
-            let mut acc = vec![0.0_f32; self.kv.value_dim()];
+            let mut acc = vec![0.0_f32; self.kv.shape().value_dim];
             let mut position = row.first_key;
             while position < row.end_key {
                 let tile_end = (position / KV_PAGE_TOKENS + 1) * KV_PAGE_TOKENS;
@@ -183,6 +218,28 @@ impl Case {
             acc.iter().map(|acc| if sum == 0.0 { 0.0 } else { acc / sum }).collect()
         })
     }
+}
+
+/// What the cache makes of a token's heads, each of which consists of parts of the lengths `parts` with a scale of their
+/// own.
+fn held(format: KvFormat, row: &[f32], parts: &[usize]) -> Vec<f32> {
+    let mut held = Vec::new();
+    let mut rest = row;
+    for &len in parts.iter().cycle() {
+        if rest.is_empty() {
+            break;
+        }
+        let (part, others) = rest.split_at(len);
+        rest = others;
+        let largest = part.iter().map(|value| value.abs()).fold(0.0, f32::max);
+        held.extend(part.iter().map(|&value| match format {
+            KvFormat::F32 => value,
+            KvFormat::Bf16 => half::bf16::from_f32(value).to_f32(),
+            KvFormat::Int8 if largest.is_infinite() => f32::NAN,
+            KvFormat::Int8 => (value / (largest / 127.0)).round_ties_even() * (largest / 127.0),
+        }));
+    }
+    held
 }
 
 /// Rows of one sequence of `tokens`: any ranges, or what a causal, a windowed or a chunked layer asks for.
@@ -257,7 +314,16 @@ fn rows_alone_and_in_chunks_have_the_bits_they_have_together() {
 
 #[test]
 fn large_scores_do_not_overflow_and_a_nan_is_not_swallowed() {
-    let mut kv = KvPages::new(2, 1, 1, 1);
+    let mut kv = KvPages::new(
+        KvFormat::F32,
+        2,
+        KvShape {
+            kv_heads: 1,
+            key_dim: 1,
+            value_dim: 1,
+            values: KvValues::Own,
+        },
+    );
     for position in 0..20 {
         kv.write(
             position as u32 / 16,
@@ -285,7 +351,16 @@ fn large_scores_do_not_overflow_and_a_nan_is_not_swallowed() {
 #[test]
 #[should_panic(expected = "pages of")]
 fn keys_beyond_the_pages_are_refused() {
-    let kv = KvPages::new(2, 1, 1, 1);
+    let kv = KvPages::new(
+        KvFormat::F32,
+        2,
+        KvShape {
+            kv_heads: 1,
+            key_dim: 1,
+            value_dim: 1,
+            values: KvValues::Own,
+        },
+    );
     let rows = [AttentionRow {
         pages: &[0],
         first_key: 0,

@@ -4,8 +4,9 @@ mod words;
 
 use std::io::{self, Write};
 
+use moerun_model::KvCache;
 use moerun_process::{LogFormat, init_telemetry};
-use moerun_types::{NumberFormat, default_combine_block};
+use moerun_types::{KvFormat, NumberFormat, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
 use serde_json::{Value, json};
 
@@ -51,10 +52,13 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
                 "gateway_bytes": need.gateway_bytes,
                 "expert_bytes": need.expert_bytes,
                 "all_experts_bytes": need.all_experts_bytes,
-                "kv_bytes_per_token": need.kv_bytes_per_token,
             });
             (format.to_string(), need)
         })
+        .collect();
+    let kv_bytes_per_token: serde_json::Map<String, Value> = KvFormat::ALL
+        .iter()
+        .map(|&format| (format.to_string(), json!(KvCache::bytes_per_token(config, format))))
         .collect();
     json!({
         "config": config,
@@ -68,6 +72,7 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
             "per_expert": parameters.per_expert,
         },
         "memory": memory,
+        "kv_bytes_per_token": kv_bytes_per_token,
         "has_all_experts": has_all_experts(checkpoint),
         "has_all_others": checkpoint.dense_header_hash().is_some(),
         "config_hash": checkpoint.config_hash(),
@@ -152,13 +157,14 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
         };
         lines.push((
             format!("memory in {format}"),
-            format!(
-                "gateway {}, and {} per token of context{experts}",
-                ByteSize(need.gateway_bytes),
-                ByteSize(need.kv_bytes_per_token)
-            ),
+            format!("gateway {}{experts}", ByteSize(need.gateway_bytes)),
         ));
     }
+    let kv = KvFormat::ALL.map(|format| format!("{} in {format}", ByteSize(KvCache::bytes_per_token(config, format))));
+    lines.push((
+        "keys and values".to_owned(),
+        format!("per token of context {} (--kv-format)", kv.join(", ")),
+    ));
     lines.push(("config hash".to_owned(), checkpoint.config_hash()));
     lines
 }

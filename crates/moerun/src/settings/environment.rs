@@ -17,13 +17,14 @@ enum Form {
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 21] = [
+const VARIABLES: [(&str, &str, Form); 22] = [
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
     ("MOERUN_COMBINE_BLOCK", "combine_block", Form::Number),
     ("MOERUN_THREADS", "threads", Form::Number),
     ("MOERUN_KV_MEMORY", "kv_memory", Form::Text),
+    ("MOERUN_KV_FORMAT", "kv_format", Form::Text),
     ("MOERUN_MAX_CONTEXT", "max_context", Form::Number),
     ("MOERUN_MAX_BATCH_TOKENS", "max_batch_tokens", Form::Number),
     ("MOERUN_MAX_QUEUE", "max_queue", Form::Number),
