@@ -5,6 +5,8 @@ mod tests;
 
 use std::ops::Range;
 
+use moerun_types::NumberFormat;
+
 use crate::{
     CpuPool, Isa, KV_PAGE_TOKENS, KvPages,
     disjoint::Disjoint,
@@ -12,8 +14,8 @@ use crate::{
     interleaved::{RowBlock, row_blocks},
     isa::Kernel,
     lines::LANES,
+    panels::f32_tile,
     simd::{Simd, sum_lanes},
-    tile::{F32Lines, tile},
 };
 
 /// One query row: whose pages it reads, and which keys it sees.
@@ -117,7 +119,7 @@ impl Attention<'_> {
         let blocks: Vec<RowBlock> = (0..kv.kv_heads())
             .flat_map(|kv_head| {
                 let first = kv_head * heads_per_kv_head;
-                row_blocks(isa, heads_per_kv_head)
+                row_blocks(isa, NumberFormat::F32, heads_per_kv_head)
                     .into_iter()
                     .map(move |block| RowBlock {
                         first: first + block.first,
@@ -238,7 +240,7 @@ impl AttentionTask<'_> {
             let visible = first_key.max(start) - start..end_key.min(start + KV_PAGE_TOKENS) - start;
             let (keys, values) = kv.head(pages[tile_index], kv_head);
             let zero = [[simd.splat(0.0); 1]; T];
-            let scores = tile::<S, F32Lines, T, 1>(simd, [keys], 0..kv.key_dim(), query, zero);
+            let scores = f32_tile::<S, T, 1>(simd, [keys], 0..kv.key_dim(), bits(query), zero);
             let mut weights = [[0.0; T]; KV_PAGE_TOKENS];
             let mut corrections = [0.0; T];
             for t in 0..T {
@@ -255,7 +257,7 @@ impl AttentionTask<'_> {
                 for t in 0..T {
                     sums[t][0] = simd.mul(simd.load(&acc[t]), simd.splat(corrections[t]));
                 }
-                let sums = tile::<S, F32Lines, T, 1>(simd, [values], visible.clone(), weights, sums);
+                let sums = f32_tile::<S, T, 1>(simd, [values], visible.clone(), bits(weights), sums);
                 for t in 0..T {
                     acc[t] = simd.store(sums[t][0]);
                 }
@@ -294,4 +296,10 @@ fn tile_softmax(mut s: [f32; LANES], scale: f32, visible: &Range<usize>, max: &m
     }
     *max = new;
     (s, correction)
+}
+
+/// `T` f32 side by side, as the inner loop takes them.
+#[inline(always)]
+fn bits<const T: usize>(values: &[f32]) -> &[[u32; T]] {
+    bytemuck::cast_slice::<f32, u32>(values).as_chunks().0
 }

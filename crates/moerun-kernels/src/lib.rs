@@ -26,15 +26,17 @@ mod kv_pages;
 mod lines;
 mod norm;
 mod packed;
+#[allow(unsafe_code)] // unchecked indexing in the inner loop
+mod panels;
 #[allow(unsafe_code)] // lends a borrowed task to the pool's threads
 mod pool;
+mod quantize;
 mod rotary;
 mod row_products;
 #[allow(unsafe_code)] // SIMD intrinsics
 mod simd;
 #[cfg(test)]
 mod test_data;
-#[allow(unsafe_code)] // unchecked indexing in the inner loop
 mod tile;
 
 pub use activations::{Activations, ActivationsError};
@@ -47,6 +49,7 @@ pub use feed_forward::{
 pub use isa::{Isa, IsaError};
 pub use kv_pages::{KV_PAGE_TOKENS, KvPages};
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
-pub use packed::PackedMatrix;
+pub use packed::{PackError, PackedMatrix, QuantizedRow};
 pub use pool::CpuPool;
+pub use quantize::BlockError;
 pub use rotary::RotaryTable;

@@ -10,8 +10,21 @@ pub(crate) trait Simd: Copy {
     /// Sixteen f32 in registers.
     type F32s: Copy;
 
+    /// A line of pairs of bfloat16, one pair per lane.
+    type Bf16Pairs: Copy;
+    /// A line of signed bytes, four per lane.
+    type I8Quads: Copy;
+    /// Sixty-four small bytes (at most 127), four per lane.
+    type U8Quads: Copy;
+    /// Sixteen i32 in registers.
+    type I32s: Copy;
+
     /// Rows of a product that are computed together, largest first, down to one.
     const TILE_ROWS: &'static [usize];
+    /// The same where the weights are blocks of codes: these need registers for the integer sums too.
+    const BLOCK_TILE_ROWS: &'static [usize];
+    /// What [`Simd::dot_i8`] adds to each weight.
+    const I8_BIAS: i32;
 
     /// Whether the registers hold two panels beside up to twelve rows; else one panel beside up to six.
     const WIDE: bool;
@@ -22,10 +35,6 @@ pub(crate) trait Simd: Copy {
     fn load(self, values: &[f32; LANES]) -> Self::F32s;
     /// Lane `i` has the bits `line[i]`.
     fn load_bits(self, line: &Line) -> Self::F32s;
-    /// Lane `i` is the bfloat16 in the lower half of `line[i]`.
-    fn load_low_bf16(self, line: &Line) -> Self::F32s;
-    /// Lane `i` is the bfloat16 in the upper half of `line[i]`.
-    fn load_high_bf16(self, line: &Line) -> Self::F32s;
     /// The lanes as an array.
     fn store(self, lanes: Self::F32s) -> [f32; LANES];
     /// `a + b`.
@@ -34,6 +43,34 @@ pub(crate) trait Simd: Copy {
     fn mul(self, a: Self::F32s, b: Self::F32s) -> Self::F32s;
     /// `a * b + c`, rounded once.
     fn mul_add(self, a: Self::F32s, b: Self::F32s, c: Self::F32s) -> Self::F32s;
+
+    /// Lane `i` is the pair of bfloat16 in `line[i]`.
+    fn load_bf16_pairs(self, line: &Line) -> Self::Bf16Pairs;
+    /// Two fused multiply-adds onto `sum`, the pairs' upper halves first: `weights` times `x`, a pair for all lanes.
+    fn dot_bf16(self, weights: Self::Bf16Pairs, x: u32, sum: Self::F32s) -> Self::F32s;
+
+    /// `value` in each lane.
+    fn splat_i32(self, value: i32) -> Self::I32s;
+    /// The lanes as f32; exact below 2^24.
+    fn to_f32(self, lanes: Self::I32s) -> Self::F32s;
+    /// Signed bytes, stored with 128 added.
+    fn load_i8_quads(self, line: &Line) -> Self::I8Quads;
+    /// `sum` and, lane by lane, the four products of `weights + I8_BIAS` with the four signed bytes of `x`, which are
+    /// not -128.
+    fn dot_i8(self, weights: Self::I8Quads, x: u32, sum: Self::I32s) -> Self::I32s;
+    /// The lower half of every byte.
+    fn load_low_nibbles(self, line: &Line) -> Self::U8Quads;
+    /// The upper half of every byte.
+    fn load_high_nibbles(self, line: &Line) -> Self::U8Quads;
+    /// `table[code]` for every code, all below 16.
+    fn look_up(self, table: &[u8; 16], codes: Self::U8Quads) -> Self::U8Quads;
+    /// `sum` and, lane by lane, the four products of `weights`, at most 127, with the four signed bytes of `x`.
+    fn dot_u8(self, weights: Self::U8Quads, x: u32, sum: Self::I32s) -> Self::I32s;
+    /// Sixteen f16 from one half of a line: lanes `2 i` and `2 i + 1` in word `8 * half + i`.
+    fn load_f16(self, line: &Line, half: usize) -> Self::F32s;
+    /// Sixteen powers of two from a quarter of a line, a biased exponent in a byte each: byte `i` of the quarter is
+    /// lane `i`; an exponent of 0 gives 0.
+    fn load_e8m0(self, line: &Line, quarter: usize) -> Self::F32s;
 }
 
 /// Adds up sixteen lanes: upper half onto lower half, four times.
@@ -55,7 +92,13 @@ pub(crate) struct Portable;
 
 impl Simd for Portable {
     type F32s = [f32; LANES];
+    type Bf16Pairs = Line;
+    type I8Quads = Line;
+    type U8Quads = Line;
+    type I32s = [i32; LANES];
     const TILE_ROWS: &'static [usize] = &[4, 2, 1];
+    const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
+    const I8_BIAS: i32 = 0;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -71,16 +114,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_bits(self, line: &Line) -> [f32; LANES] {
         line.map(f32::from_bits)
-    }
-
-    #[inline(always)]
-    fn load_low_bf16(self, line: &Line) -> [f32; LANES] {
-        line.map(|word| f32::from_bits(word << 16))
-    }
-
-    #[inline(always)]
-    fn load_high_bf16(self, line: &Line) -> [f32; LANES] {
-        line.map(|word| f32::from_bits(word & 0xffff_0000))
     }
 
     #[inline(always)]
@@ -102,9 +135,76 @@ impl Simd for Portable {
     fn mul_add(self, a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
     }
+
+    #[inline(always)]
+    fn load_bf16_pairs(self, line: &Line) -> Line {
+        *line
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, weights: Line, x: u32, sum: [f32; LANES]) -> [f32; LANES] {
+        let (x_high, x_low) = (f32::from_bits(x & 0xffff_0000), f32::from_bits(x << 16));
+        std::array::from_fn(|lane| {
+            let high = x_high.mul_add(f32::from_bits(weights[lane] & 0xffff_0000), sum[lane]);
+            x_low.mul_add(f32::from_bits(weights[lane] << 16), high)
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [i32; LANES] {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn to_f32(self, lanes: [i32; LANES]) -> [f32; LANES] {
+        lanes.map(|lane| lane as f32)
+    }
+
+    #[inline(always)]
+    fn load_i8_quads(self, line: &Line) -> Line {
+        line.map(|word| word ^ 0x8080_8080)
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, weights: Line, x: u32, sum: [i32; LANES]) -> [i32; LANES] {
+        let byte = |word: u32, index: u32| i32::from((word >> (8 * index)) as u8 as i8);
+        std::array::from_fn(|lane| (0..4).fold(sum[lane], |sum, i| sum + byte(weights[lane], i) * byte(x, i)))
+    }
+
+    #[inline(always)]
+    fn load_low_nibbles(self, line: &Line) -> Line {
+        line.map(|word| word & 0x0f0f_0f0f)
+    }
+
+    #[inline(always)]
+    fn load_high_nibbles(self, line: &Line) -> Line {
+        line.map(|word| (word >> 4) & 0x0f0f_0f0f)
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: Line) -> Line {
+        codes.map(|word| u32::from_le_bytes(word.to_le_bytes().map(|code| table[usize::from(code & 15)])))
+    }
+
+    #[inline(always)]
+    fn dot_u8(self, weights: Line, x: u32, sum: [i32; LANES]) -> [i32; LANES] {
+        self.dot_i8(weights, x, sum)
+    }
+
+    #[inline(always)]
+    fn load_f16(self, line: &Line, half: usize) -> [f32; LANES] {
+        std::array::from_fn(|lane| {
+            half::f16::from_bits((line[8 * half + lane / 2] >> (16 * (lane % 2))) as u16).to_f32()
+        })
+    }
+
+    #[inline(always)]
+    fn load_e8m0(self, line: &Line, quarter: usize) -> [f32; LANES] {
+        std::array::from_fn(|lane| f32::from_bits((line[4 * quarter + lane / 4] >> (8 * (lane % 4)) & 0xff) << 23))
+    }
 }
 
-/// AVX2 with FMA: two registers of eight lanes.
+/// AVX2 with FMA and F16C: two registers of eight lanes.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx2(());
@@ -112,18 +212,26 @@ pub(crate) struct Avx2(());
 #[cfg(target_arch = "x86_64")]
 impl Avx2 {
     /// # Safety
-    /// The processor must have AVX2 and FMA.
+    /// The processor must have AVX2, FMA and F16C.
     pub(crate) unsafe fn assume_available() -> Self {
         Avx2(())
     }
 }
 
-// In each block below: a value of `Avx2` exists only where AVX2 and FMA do, and every pointer comes from a reference
-// to sixteen elements.
+// In each block below: a value of `Avx2` exists only where AVX2, FMA and F16C do, and every pointer comes from a
+// reference to sixteen elements.
 #[cfg(target_arch = "x86_64")]
 impl Simd for Avx2 {
     type F32s = [__m256; 2];
+    /// Upper and lower halves, widened.
+    type Bf16Pairs = [[__m256; 2]; 2];
+    /// The bytes and their magnitudes: an instruction that multiplies two signed bytes does not exist.
+    type I8Quads = [[__m256i; 2]; 2];
+    type U8Quads = [__m256i; 2];
+    type I32s = [__m256i; 2];
     const TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
+    const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
+    const I8_BIAS: i32 = 0;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -150,33 +258,6 @@ impl Simd for Avx2 {
             [
                 _mm256_loadu_ps(line.as_ptr().cast()),
                 _mm256_loadu_ps(line.as_ptr().add(8).cast()),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    fn load_low_bf16(self, line: &Line) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2; sixteen words are readable.
-        unsafe {
-            let low = _mm256_loadu_si256(line.as_ptr().cast());
-            let high = _mm256_loadu_si256(line.as_ptr().add(8).cast());
-            [
-                _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
-                _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    fn load_high_bf16(self, line: &Line) -> [__m256; 2] {
-        // SAFETY: `self` proves AVX2; sixteen words are readable.
-        unsafe {
-            let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            let low = _mm256_loadu_si256(line.as_ptr().cast());
-            let high = _mm256_loadu_si256(line.as_ptr().add(8).cast());
-            [
-                _mm256_castsi256_ps(_mm256_and_si256(low, mask)),
-                _mm256_castsi256_ps(_mm256_and_si256(high, mask)),
             ]
         }
     }
@@ -209,9 +290,145 @@ impl Simd for Avx2 {
         // SAFETY: `self` proves FMA.
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
+
+    #[inline(always)]
+    fn load_bf16_pairs(self, line: &Line) -> [[__m256; 2]; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let first = _mm256_loadu_si256(line.as_ptr().cast());
+            let second = _mm256_loadu_si256(line.as_ptr().add(8).cast());
+            [
+                [first, second].map(|words| _mm256_castsi256_ps(_mm256_and_si256(words, mask))),
+                [first, second].map(|words| _mm256_castsi256_ps(_mm256_slli_epi32(words, 16))),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, [high, low]: [[__m256; 2]; 2], x: u32, sum: [__m256; 2]) -> [__m256; 2] {
+        let sum = self.mul_add(self.splat(f32::from_bits(x & 0xffff_0000)), high, sum);
+        self.mul_add(self.splat(f32::from_bits(x << 16)), low, sum)
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, lanes: [__m256i; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_cvtepi32_ps(lanes[0]), _mm256_cvtepi32_ps(lanes[1])] }
+    }
+
+    #[inline(always)]
+    fn load_i8_quads(self, line: &Line) -> [[__m256i; 2]; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let sign = _mm256_set1_epi8(-128);
+            let bytes = [
+                _mm256_xor_si256(_mm256_loadu_si256(line.as_ptr().cast()), sign),
+                _mm256_xor_si256(_mm256_loadu_si256(line.as_ptr().add(8).cast()), sign),
+            ];
+            [bytes, [_mm256_abs_epi8(bytes[0]), _mm256_abs_epi8(bytes[1])]]
+        }
+    }
+
+    /// Two products of a magnitude of at most 128 with a byte of at most 127 fit 16 bits, so nothing saturates.
+    #[inline(always)]
+    fn dot_i8(self, [bytes, magnitudes]: [[__m256i; 2]; 2], x: u32, sum: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let x = _mm256_set1_epi32(x.cast_signed());
+            let half = |half: usize| {
+                let pairs = _mm256_maddubs_epi16(magnitudes[half], _mm256_sign_epi8(x, bytes[half]));
+                _mm256_add_epi32(sum[half], _mm256_madd_epi16(pairs, ones))
+            };
+            [half(0), half(1)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_low_nibbles(self, line: &Line) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            [
+                _mm256_and_si256(_mm256_loadu_si256(line.as_ptr().cast()), mask),
+                _mm256_and_si256(_mm256_loadu_si256(line.as_ptr().add(8).cast()), mask),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_high_nibbles(self, line: &Line) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2; sixteen words are readable.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            let upper = |words| _mm256_and_si256(_mm256_srli_epi32(words, 4), mask);
+            [
+                upper(_mm256_loadu_si256(line.as_ptr().cast())),
+                upper(_mm256_loadu_si256(line.as_ptr().add(8).cast())),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2; sixteen bytes are readable.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            [
+                _mm256_shuffle_epi8(table, codes[0]),
+                _mm256_shuffle_epi8(table, codes[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn dot_u8(self, weights: [__m256i; 2], x: u32, sum: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let ones = _mm256_set1_epi16(1);
+            let x = _mm256_set1_epi32(x.cast_signed());
+            let half = |half: usize| {
+                let pairs = _mm256_maddubs_epi16(weights[half], x);
+                _mm256_add_epi32(sum[half], _mm256_madd_epi16(pairs, ones))
+            };
+            [half(0), half(1)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, line: &Line, half: usize) -> [__m256; 2] {
+        let words: &[u32; 8] = line[8 * half..][..8].try_into().expect("half a line");
+        // SAFETY: `self` proves F16C; eight words are readable.
+        unsafe {
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(words.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(words.as_ptr().add(4).cast())),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_e8m0(self, line: &Line, quarter: usize) -> [__m256; 2] {
+        let words: &[u32; 4] = line[4 * quarter..][..4].try_into().expect("a quarter of a line");
+        // SAFETY: `self` proves AVX2; sixteen bytes are readable.
+        unsafe {
+            let exponents = |bytes| _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23));
+            [
+                exponents(_mm_loadl_epi64(words.as_ptr().cast())),
+                exponents(_mm_loadl_epi64(words.as_ptr().add(2).cast())),
+            ]
+        }
+    }
 }
 
-/// AVX-512 F, BW, VL and DQ: one register of sixteen lanes.
+/// AVX-512 F, BW, VL, DQ, BF16 and VNNI: one register of sixteen lanes.
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512(());
@@ -219,7 +436,7 @@ pub(crate) struct Avx512(());
 #[cfg(target_arch = "x86_64")]
 impl Avx512 {
     /// # Safety
-    /// The processor must have AVX-512 F, BW, VL and DQ, AVX2 and FMA.
+    /// The processor must have AVX-512 F, BW, VL, DQ, BF16 and VNNI, AVX2, FMA and F16C.
     pub(crate) unsafe fn assume_available() -> Self {
         Avx512(())
     }
@@ -230,7 +447,13 @@ impl Avx512 {
 #[cfg(target_arch = "x86_64")]
 impl Simd for Avx512 {
     type F32s = __m512;
+    type Bf16Pairs = __m512i;
+    type I8Quads = __m512i;
+    type U8Quads = __m512i;
+    type I32s = __m512i;
     const TILE_ROWS: &'static [usize] = &[12, 8, 4, 2, 1];
+    const BLOCK_TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
+    const I8_BIAS: i32 = 128;
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -249,21 +472,6 @@ impl Simd for Avx512 {
     fn load_bits(self, line: &Line) -> __m512 {
         // SAFETY: `self` proves AVX-512F; sixteen words are readable.
         unsafe { _mm512_loadu_ps(line.as_ptr().cast()) }
-    }
-
-    #[inline(always)]
-    fn load_low_bf16(self, line: &Line) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(line.as_ptr().cast()), 16)) }
-    }
-
-    #[inline(always)]
-    fn load_high_bf16(self, line: &Line) -> __m512 {
-        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
-        unsafe {
-            let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
-            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(line.as_ptr().cast()), mask))
-        }
     }
 
     #[inline(always)]
@@ -290,5 +498,95 @@ impl Simd for Avx512 {
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512F.
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn load_bf16_pairs(self, line: &Line) -> __m512i {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe { _mm512_loadu_si512(line.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn dot_bf16(self, weights: __m512i, x: u32, sum: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 BF16; the types differ in name only.
+        unsafe {
+            let x = _mm512_set1_epi32(x.cast_signed());
+            _mm512_dpbf16_ps(
+                sum,
+                std::mem::transmute::<__m512i, __m512bh>(weights),
+                std::mem::transmute::<__m512i, __m512bh>(x),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m512i {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn to_f32(self, lanes: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_cvtepi32_ps(lanes) }
+    }
+
+    #[inline(always)]
+    fn load_i8_quads(self, line: &Line) -> __m512i {
+        // SAFETY: `self` proves AVX-512F; sixteen words are readable.
+        unsafe { _mm512_loadu_si512(line.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn dot_i8(self, weights: __m512i, x: u32, sum: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast_signed())) }
+    }
+
+    #[inline(always)]
+    fn load_low_nibbles(self, line: &Line) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW; sixteen words are readable.
+        unsafe { _mm512_and_si512(_mm512_loadu_si512(line.as_ptr().cast()), _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn load_high_nibbles(self, line: &Line) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW; sixteen words are readable.
+        unsafe {
+            let upper = _mm512_srli_epi32(_mm512_loadu_si512(line.as_ptr().cast()), 4);
+            _mm512_and_si512(upper, _mm512_set1_epi8(15))
+        }
+    }
+
+    #[inline(always)]
+    fn look_up(self, table: &[u8; 16], codes: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BW; sixteen bytes are readable.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, codes)
+        }
+    }
+
+    #[inline(always)]
+    fn dot_u8(self, weights: __m512i, x: u32, sum: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast_signed())) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, line: &Line, half: usize) -> __m512 {
+        let words: &[u32; 8] = line[8 * half..][..8].try_into().expect("half a line");
+        // SAFETY: `self` proves AVX-512F; eight words are readable.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(words.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_e8m0(self, line: &Line, quarter: usize) -> __m512 {
+        let words: &[u32; 4] = line[4 * quarter..][..4].try_into().expect("a quarter of a line");
+        // SAFETY: `self` proves AVX-512F; sixteen bytes are readable.
+        unsafe {
+            let exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(words.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23))
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The one inner loop: a few rows times a few panels, accumulated in registers.
+//! Products of a few rows with a few panels at a time, over runs of columns.
 
 use std::ops::Range;
 
@@ -8,114 +8,9 @@ use crate::{
     PackedMatrix,
     interleaved::{InterleavedRows, RowBlock},
     lines::{LANES, Line},
+    panels::{Bf16Panels, F32Panels, Int4Blocks, Int8Blocks, Mxfp4Blocks, PanelFormat},
     simd::Simd,
 };
-
-/// How the weights of a panel lie in its lines; lane = output row.
-pub(crate) trait LineFormat {
-    /// Columns in a line.
-    const DEPTH: usize;
-
-    /// The weights of column `index` of `DEPTH` of a line.
-    fn weights<S: Simd>(simd: S, line: &Line, index: usize) -> S::F32s;
-}
-
-/// `[cols][16]` f32: a column per line.
-pub(crate) enum F32Lines {}
-
-impl LineFormat for F32Lines {
-    const DEPTH: usize = 1;
-
-    #[inline(always)]
-    fn weights<S: Simd>(simd: S, line: &Line, _index: usize) -> S::F32s {
-        simd.load_bits(line)
-    }
-}
-
-/// `[cols / 2][16][2]` bfloat16: two columns per line, the even one in the lower half of each word. Pairs lie together
-/// because that is how dot-product instructions read them; here they are widened to f32, where products are exact, and
-/// accumulated one after the other, the even column first.
-pub(crate) enum Bf16Lines {}
-
-impl LineFormat for Bf16Lines {
-    const DEPTH: usize = 2;
-
-    #[inline(always)]
-    fn weights<S: Simd>(simd: S, line: &Line, index: usize) -> S::F32s {
-        if index == 0 {
-            simd.load_low_bf16(line)
-        } else {
-            simd.load_high_bf16(line)
-        }
-    }
-}
-
-/// Adds to `sums[t][p]`, lane by lane, the products of row `t` with panel `p` over the columns `cols`: one fused
-/// multiply-add per column, ascending.
-///
-/// `x` is `[cols.len()][T]`, its first element belonging to column `cols.start`.
-#[inline(always)]
-pub(crate) fn tile<S: Simd, F: LineFormat, const T: usize, const P: usize>(
-    simd: S,
-    panels: [&[Line]; P],
-    cols: Range<usize>,
-    x: &[f32],
-    mut sums: [[S::F32s; P]; T],
-) -> [[S::F32s; P]; T] {
-    let (x, rest) = x.as_chunks::<T>();
-    assert!(rest.is_empty() && x.len() == cols.len());
-    for panel in panels {
-        assert!(cols.end.div_ceil(F::DEPTH) <= panel.len());
-    }
-    let mut col = cols.start;
-    while col < cols.end && !col.is_multiple_of(F::DEPTH) {
-        // SAFETY: `col` is in `cols`, and `x` and the panels are as long as was just asserted.
-        unsafe { add_column::<S, F, T, P>(simd, &panels, col, col % F::DEPTH, x, cols.start, &mut sums) };
-        col += 1;
-    }
-    while col + F::DEPTH <= cols.end {
-        for index in 0..F::DEPTH {
-            // SAFETY: as above.
-            unsafe { add_column::<S, F, T, P>(simd, &panels, col + index, index, x, cols.start, &mut sums) };
-        }
-        col += F::DEPTH;
-    }
-    while col < cols.end {
-        // SAFETY: as above.
-        unsafe { add_column::<S, F, T, P>(simd, &panels, col, col % F::DEPTH, x, cols.start, &mut sums) };
-        col += 1;
-    }
-    sums
-}
-
-/// Adds the products of column `col`, the `index`-th of its line.
-///
-/// # Safety
-/// `col` lies in a line of each panel, and `col - first_col` in `x`.
-#[inline(always)]
-unsafe fn add_column<S: Simd, F: LineFormat, const T: usize, const P: usize>(
-    simd: S,
-    panels: &[&[Line]; P],
-    col: usize,
-    index: usize,
-    x: &[[f32; T]],
-    first_col: usize,
-    sums: &mut [[S::F32s; P]; T],
-) {
-    let mut weights = [simd.splat(0.0); P];
-    for p in 0..P {
-        // SAFETY: as the caller promises.
-        weights[p] = F::weights(simd, unsafe { panels[p].get_unchecked(col / F::DEPTH) }, index);
-    }
-    // SAFETY: as the caller promises.
-    let x = unsafe { x.get_unchecked(col - first_col) };
-    for t in 0..T {
-        let x = simd.splat(x[t]);
-        for p in 0..P {
-            sums[t][p] = simd.mul_add(x, weights[p], sums[t][p]);
-        }
-    }
-}
 
 /// Where products go: called once per segment, row and panel.
 pub(crate) trait Sink {
@@ -149,13 +44,23 @@ impl Products<'_> {
     #[inline(always)]
     pub(crate) fn run_block<S: Simd>(&self, simd: S, panels: Range<usize>, block: RowBlock, sink: &mut impl Sink) {
         match self.weights.format() {
-            NumberFormat::F32 => self.run_format::<S, F32Lines>(simd, panels, block, sink),
-            NumberFormat::Bf16 => self.run_format::<S, Bf16Lines>(simd, panels, block, sink),
+            NumberFormat::F32 => self.run_format::<S, F32Panels>(simd, panels, block, sink),
+            NumberFormat::Bf16 => self.run_format::<S, Bf16Panels>(simd, panels, block, sink),
+            NumberFormat::Int8 => self.run_blocks::<S, Int8Blocks>(simd, panels, block, sink),
+            NumberFormat::Int4 => self.run_blocks::<S, Int4Blocks>(simd, panels, block, sink),
+            NumberFormat::Mxfp4 => self.run_blocks::<S, Mxfp4Blocks>(simd, panels, block, sink),
         }
     }
 
+    /// As many panels as the registers hold beside the rows.
     #[inline(always)]
-    fn run_format<S: Simd, F: LineFormat>(&self, simd: S, panels: Range<usize>, block: RowBlock, sink: &mut impl Sink) {
+    fn run_format<S: Simd, F: PanelFormat>(
+        &self,
+        simd: S,
+        panels: Range<usize>,
+        block: RowBlock,
+        sink: &mut impl Sink,
+    ) {
         if S::WIDE {
             match block.rows {
                 1 => self.run_tiles::<S, F, 1, 4>(simd, panels, block.first, sink),
@@ -176,8 +81,35 @@ impl Products<'_> {
         }
     }
 
+    /// The same where integer sums take half of the registers.
     #[inline(always)]
-    fn run_tiles<S: Simd, F: LineFormat, const T: usize, const P: usize>(
+    fn run_blocks<S: Simd, F: PanelFormat>(
+        &self,
+        simd: S,
+        panels: Range<usize>,
+        block: RowBlock,
+        sink: &mut impl Sink,
+    ) {
+        if S::WIDE {
+            match block.rows {
+                1 => self.run_tiles::<S, F, 1, 4>(simd, panels, block.first, sink),
+                2 => self.run_tiles::<S, F, 2, 4>(simd, panels, block.first, sink),
+                4 => self.run_tiles::<S, F, 4, 2>(simd, panels, block.first, sink),
+                6 => self.run_tiles::<S, F, 6, 2>(simd, panels, block.first, sink),
+                rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
+            }
+        } else {
+            match block.rows {
+                1 => self.run_tiles::<S, F, 1, 2>(simd, panels, block.first, sink),
+                2 => self.run_tiles::<S, F, 2, 1>(simd, panels, block.first, sink),
+                4 => self.run_tiles::<S, F, 4, 1>(simd, panels, block.first, sink),
+                rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn run_tiles<S: Simd, F: PanelFormat, const T: usize, const P: usize>(
         &self,
         simd: S,
         panels: Range<usize>,
@@ -196,7 +128,7 @@ impl Products<'_> {
     }
 
     #[inline(always)]
-    fn run_tile<S: Simd, F: LineFormat, const T: usize, const P: usize>(
+    fn run_tile<S: Simd, F: PanelFormat, const T: usize, const P: usize>(
         &self,
         simd: S,
         first_panel: usize,
@@ -207,14 +139,11 @@ impl Products<'_> {
         for (p, lines) in panels.iter_mut().enumerate() {
             *lines = self.weights.panel(first_panel + p);
         }
-        let x = self.x.block(RowBlock {
-            first: first_row,
-            rows: T,
-        });
         for (index, cols) in self.segments.iter().enumerate() {
-            let x = &x[(cols.start - self.first_col) * T..(cols.end - self.first_col) * T];
-            let zero = [[simd.splat(0.0); P]; T];
-            let sums = tile::<S, F, T, P>(simd, panels, cols.clone(), x, zero);
+            let x = self
+                .x
+                .tile::<T>(first_row, cols.start - self.first_col, cols.end - self.first_col);
+            let sums = F::tile::<S, T, P>(simd, panels, cols.clone(), x);
             for (t, sums) in sums.into_iter().enumerate() {
                 for (p, sums) in sums.into_iter().enumerate() {
                     sink.put(index, first_row + t, first_panel + p, &simd.store(sums));

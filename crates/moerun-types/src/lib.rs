@@ -11,4 +11,7 @@ mod model_config;
 
 pub use ids::{BlockRange, ExpertId, ExpertSlice, LayerId, SequenceId};
 pub use model_config::*;
-pub use numerics::{COMBINE_FRACTION_BITS, CombineMode, NumberFormat, Numerics, default_combine_block};
+pub use numerics::{
+    ActivationFormat, COMBINE_FRACTION_BITS, CombineMode, NumberFormat, Numerics, NumericsError, QUANTIZED_BLOCK,
+    default_combine_block,
+};
