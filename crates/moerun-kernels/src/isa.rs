@@ -161,7 +161,7 @@ impl Isa {
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         assert!(self.is_available(), "{self} kernels cannot run on this processor");
         match self {
-            Isa::Portable => kernel.run(Portable),
+            Isa::Portable => run_portable(kernel),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the features were just seen to be available.
             Isa::Avx2 => unsafe { run_avx2(kernel) },
@@ -194,16 +194,23 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+#[inline(never)]
+pub(crate) fn run_portable<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Portable)
+}
+
 #[cfg(target_arch = "x86_64")]
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+pub(crate) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function can run only where these features exist.
     kernel.run(unsafe { Avx2::assume_available() })
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")]
-fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+pub(crate) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function can run only where these features exist.
     kernel.run(unsafe { Avx512::assume_available() })
 }

@@ -3,7 +3,12 @@
 #[cfg(target_arch = "x86_64")]
 use core::arch::x86_64::*;
 
-use crate::lines::{LANES, Line};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{run_avx2, run_avx512};
+use crate::{
+    isa::{Kernel, run_portable},
+    lines::{LANES, Line},
+};
 
 /// Sixteen f32 lanes. A value of the implementing type is the proof that its instructions can run.
 pub(crate) trait Simd: Copy {
@@ -28,6 +33,9 @@ pub(crate) trait Simd: Copy {
 
     /// Whether the registers hold two panels beside up to twelve rows; else one panel beside up to six.
     const WIDE: bool;
+
+    /// Runs `kernel` in a function of its own, compiled for this instruction set once, whoever calls it.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
     /// `value` in each lane.
     fn splat(self, value: f32) -> Self::F32s;
@@ -100,6 +108,11 @@ impl Simd for Portable {
     const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const I8_BIAS: i32 = 0;
     const WIDE: bool = false;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        run_portable(kernel)
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> [f32; LANES] {
@@ -233,6 +246,12 @@ impl Simd for Avx2 {
     const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const I8_BIAS: i32 = 0;
     const WIDE: bool = false;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves its features.
+        unsafe { run_avx2(kernel) }
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> [__m256; 2] {
@@ -455,6 +474,12 @@ impl Simd for Avx512 {
     const BLOCK_TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
     const I8_BIAS: i32 = 128;
     const WIDE: bool = true;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `self` proves its features.
+        unsafe { run_avx512(kernel) }
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {

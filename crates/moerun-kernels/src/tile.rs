@@ -7,6 +7,7 @@ use moerun_types::NumberFormat;
 use crate::{
     PackedMatrix,
     interleaved::{InterleavedRows, RowBlock},
+    isa::Kernel,
     lines::{LANES, Line},
     panels::{Bf16Panels, F32Panels, Int4Blocks, Int8Blocks, Mxfp4Blocks, PanelFormat},
     simd::Simd,
@@ -28,54 +29,100 @@ pub(crate) struct Products<'a> {
     pub(crate) segments: &'a [Range<usize>],
 }
 
+/// Most sums of a block of rows and panels: twelve rows with two panels, or two with four.
+pub(crate) const MAX_SUMS_OF_ONE_SEGMENT: usize = 24;
+/// Segments that are computed before their sums are taken.
+const SEGMENTS_AT_ONCE: usize = 8;
+
 impl Products<'_> {
     /// All rows of `x`: a few panels at a time, which stay in the cache while the rows pass.
     #[inline(always)]
     pub(crate) fn run<S: Simd>(&self, simd: S, panels: Range<usize>, sink: &mut impl Sink) {
         let together = panels_together(self.x.rows());
+        let mut sums = [[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT * SEGMENTS_AT_ONCE];
         for first in panels.clone().step_by(together) {
+            let panels = first..panels.end.min(first + together);
             for &block in self.x.blocks() {
-                self.run_block(simd, first..panels.end.min(first + together), block, sink);
+                for first_segment in (0..self.segments.len()).step_by(SEGMENTS_AT_ONCE) {
+                    let segments = first_segment..self.segments.len().min(first_segment + SEGMENTS_AT_ONCE);
+                    self.sum(simd, panels.clone(), block, segments.clone(), &mut sums);
+                    let mut sums = sums.iter();
+                    for segment in segments {
+                        for row in block.first..block.first + block.rows {
+                            for (panel, sums) in panels.clone().zip(&mut sums) {
+                                sink.put(segment, row, panel, sums);
+                            }
+                        }
+                    }
+                }
             }
         }
     }
 
-    /// One block of rows.
+    /// The sums of one block of rows, `[segments][rows][panels]`, at the start of `out`.
     #[inline(always)]
-    pub(crate) fn run_block<S: Simd>(&self, simd: S, panels: Range<usize>, block: RowBlock, sink: &mut impl Sink) {
-        match self.weights.format() {
-            NumberFormat::F32 => self.run_format::<S, F32Panels>(simd, panels, block, sink),
-            NumberFormat::Bf16 => self.run_format::<S, Bf16Panels>(simd, panels, block, sink),
-            NumberFormat::Int8 => self.run_blocks::<S, Int8Blocks>(simd, panels, block, sink),
-            NumberFormat::Int4 => self.run_blocks::<S, Int4Blocks>(simd, panels, block, sink),
-            NumberFormat::Mxfp4 => self.run_blocks::<S, Mxfp4Blocks>(simd, panels, block, sink),
-        }
-    }
-
-    /// As many panels as the registers hold beside the rows.
-    #[inline(always)]
-    fn run_format<S: Simd, F: PanelFormat>(
+    pub(crate) fn sum<S: Simd>(
         &self,
         simd: S,
         panels: Range<usize>,
         block: RowBlock,
-        sink: &mut impl Sink,
+        segments: Range<usize>,
+        out: &mut [[f32; LANES]],
     ) {
+        simd.call(Tiles {
+            products: self,
+            panels,
+            block,
+            segments,
+            out,
+        });
+    }
+}
+
+/// The inner loops, compiled once per instruction set, whatever is done with the sums.
+struct Tiles<'a> {
+    products: &'a Products<'a>,
+    panels: Range<usize>,
+    block: RowBlock,
+    segments: Range<usize>,
+    /// `[segments][block rows][panels]`.
+    out: &'a mut [[f32; LANES]],
+}
+
+impl Kernel for Tiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        match self.products.weights.format() {
+            NumberFormat::F32 => self.run_format::<S, F32Panels>(simd),
+            NumberFormat::Bf16 => self.run_format::<S, Bf16Panels>(simd),
+            NumberFormat::Int8 => self.run_blocks::<S, Int8Blocks>(simd),
+            NumberFormat::Int4 => self.run_blocks::<S, Int4Blocks>(simd),
+            NumberFormat::Mxfp4 => self.run_blocks::<S, Mxfp4Blocks>(simd),
+        }
+    }
+}
+
+impl Tiles<'_> {
+    /// As many panels as the registers hold beside the rows.
+    #[inline(always)]
+    fn run_format<S: Simd, F: PanelFormat>(&mut self, simd: S) {
         if S::WIDE {
-            match block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd, panels, block.first, sink),
-                2 => self.run_tiles::<S, F, 2, 4>(simd, panels, block.first, sink),
-                4 => self.run_tiles::<S, F, 4, 2>(simd, panels, block.first, sink),
-                8 => self.run_tiles::<S, F, 8, 2>(simd, panels, block.first, sink),
-                12 => self.run_tiles::<S, F, 12, 2>(simd, panels, block.first, sink),
+            match self.block.rows {
+                1 => self.run_tiles::<S, F, 1, 4>(simd),
+                2 => self.run_tiles::<S, F, 2, 4>(simd),
+                4 => self.run_tiles::<S, F, 4, 2>(simd),
+                8 => self.run_tiles::<S, F, 8, 2>(simd),
+                12 => self.run_tiles::<S, F, 12, 2>(simd),
                 rows => unreachable!("{rows} is not in TILE_ROWS"),
             }
         } else {
-            match block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd, panels, block.first, sink),
-                2 => self.run_tiles::<S, F, 2, 2>(simd, panels, block.first, sink),
-                4 => self.run_tiles::<S, F, 4, 1>(simd, panels, block.first, sink),
-                6 => self.run_tiles::<S, F, 6, 1>(simd, panels, block.first, sink),
+            match self.block.rows {
+                1 => self.run_tiles::<S, F, 1, 4>(simd),
+                2 => self.run_tiles::<S, F, 2, 2>(simd),
+                4 => self.run_tiles::<S, F, 4, 1>(simd),
+                6 => self.run_tiles::<S, F, 6, 1>(simd),
                 rows => unreachable!("{rows} is not in TILE_ROWS"),
             }
         }
@@ -83,70 +130,59 @@ impl Products<'_> {
 
     /// The same where integer sums take half of the registers.
     #[inline(always)]
-    fn run_blocks<S: Simd, F: PanelFormat>(
-        &self,
-        simd: S,
-        panels: Range<usize>,
-        block: RowBlock,
-        sink: &mut impl Sink,
-    ) {
+    fn run_blocks<S: Simd, F: PanelFormat>(&mut self, simd: S) {
         if S::WIDE {
-            match block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd, panels, block.first, sink),
-                2 => self.run_tiles::<S, F, 2, 4>(simd, panels, block.first, sink),
-                4 => self.run_tiles::<S, F, 4, 2>(simd, panels, block.first, sink),
-                6 => self.run_tiles::<S, F, 6, 2>(simd, panels, block.first, sink),
+            match self.block.rows {
+                1 => self.run_tiles::<S, F, 1, 4>(simd),
+                2 => self.run_tiles::<S, F, 2, 4>(simd),
+                4 => self.run_tiles::<S, F, 4, 2>(simd),
+                6 => self.run_tiles::<S, F, 6, 2>(simd),
                 rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
             }
         } else {
-            match block.rows {
-                1 => self.run_tiles::<S, F, 1, 2>(simd, panels, block.first, sink),
-                2 => self.run_tiles::<S, F, 2, 1>(simd, panels, block.first, sink),
-                4 => self.run_tiles::<S, F, 4, 1>(simd, panels, block.first, sink),
+            match self.block.rows {
+                1 => self.run_tiles::<S, F, 1, 2>(simd),
+                2 => self.run_tiles::<S, F, 2, 1>(simd),
+                4 => self.run_tiles::<S, F, 4, 1>(simd),
                 rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
             }
         }
     }
 
     #[inline(always)]
-    fn run_tiles<S: Simd, F: PanelFormat, const T: usize, const P: usize>(
-        &self,
-        simd: S,
-        panels: Range<usize>,
-        first_row: usize,
-        sink: &mut impl Sink,
-    ) {
-        let mut panel = panels.start;
-        while panel + P <= panels.end {
-            self.run_tile::<S, F, T, P>(simd, panel, first_row, sink);
+    fn run_tiles<S: Simd, F: PanelFormat, const T: usize, const P: usize>(&mut self, simd: S) {
+        let mut panel = self.panels.start;
+        while panel + P <= self.panels.end {
+            self.run_tile::<S, F, T, P>(simd, panel);
             panel += P;
         }
-        while panel < panels.end {
-            self.run_tile::<S, F, T, 1>(simd, panel, first_row, sink);
+        while panel < self.panels.end {
+            self.run_tile::<S, F, T, 1>(simd, panel);
             panel += 1;
         }
     }
 
     #[inline(always)]
-    fn run_tile<S: Simd, F: PanelFormat, const T: usize, const P: usize>(
-        &self,
-        simd: S,
-        first_panel: usize,
-        first_row: usize,
-        sink: &mut impl Sink,
-    ) {
+    fn run_tile<S: Simd, F: PanelFormat, const T: usize, const P: usize>(&mut self, simd: S, first_panel: usize) {
+        let Products {
+            weights,
+            x,
+            first_col,
+            segments,
+        } = self.products;
         let mut panels: [&[Line]; P] = [&[]; P];
         for (p, lines) in panels.iter_mut().enumerate() {
-            *lines = self.weights.panel(first_panel + p);
+            *lines = weights.panel(first_panel + p);
         }
-        for (index, cols) in self.segments.iter().enumerate() {
-            let x = self
-                .x
-                .tile::<T>(first_row, cols.start - self.first_col, cols.end - self.first_col);
+        let width = self.panels.len();
+        for (index, cols) in segments[self.segments.clone()].iter().enumerate() {
+            let x = x.tile::<T>(self.block.first, cols.start - first_col, cols.end - first_col);
             let sums = F::tile::<S, T, P>(simd, panels, cols.clone(), x);
-            for (t, sums) in sums.into_iter().enumerate() {
-                for (p, sums) in sums.into_iter().enumerate() {
-                    sink.put(index, first_row + t, first_panel + p, &simd.store(sums));
+            for t in 0..T {
+                let first = (index * T + t) * width + first_panel - self.panels.start;
+                let out = &mut self.out[first..first + P];
+                for p in 0..P {
+                    out[p] = simd.store(sums[t][p]);
                 }
             }
         }

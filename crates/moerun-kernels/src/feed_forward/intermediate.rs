@@ -14,7 +14,7 @@ use crate::{
     quantize::quantize_activations,
     row_products::panels_per_task,
     simd::Simd,
-    tile::{Products, Sink, panels_together},
+    tile::{MAX_SUMS_OF_ONE_SEGMENT, Products, panels_together},
 };
 
 /// Rows of one feed-forward, and the intermediate columns that are wanted of them.
@@ -86,10 +86,6 @@ struct GateUp<'a> {
     out: &'a RowsToWrite<'a>,
 }
 
-/// Most rows in a block, most panels worked on together.
-const MAX_ROWS: usize = 12;
-const MAX_PANELS: usize = 4;
-
 impl Kernel for GateUp<'_> {
     type Output = ();
 
@@ -98,7 +94,7 @@ impl Kernel for GateUp<'_> {
         let weights = self.wanted.weights;
         let cols = 0..self.x.cols();
         let together = panels_together(self.x.rows());
-        let mut products = [[0.0; MAX_ROWS * MAX_PANELS * LANES]; 2];
+        let mut products = [[[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT]; 2];
         for first in self.panels.clone().step_by(together) {
             let panels = first..self.panels.end.min(first + together);
             for &block in self.x.blocks() {
@@ -109,15 +105,10 @@ impl Kernel for GateUp<'_> {
                         first_col: 0,
                         segments: std::slice::from_ref(&cols),
                     };
-                    let mut sink = Collect {
-                        out,
-                        first_row: block.first,
-                        panels: panels.clone(),
-                    };
-                    products.run_block(simd, panels.clone(), block, &mut sink);
+                    products.sum(simd, panels.clone(), block, 0..1, out);
                 }
                 let [gate, up] = &mut products;
-                self.finish(panels.clone(), block, gate, up);
+                self.finish(panels.clone(), block, gate.as_flattened_mut(), up.as_flattened_mut());
             }
         }
     }
@@ -197,20 +188,5 @@ fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
             let up = if up < -limit { -limit } else { up };
             *gate = (up + 1.0) * clamped * logistic(alpha * clamped);
         }),
-    }
-}
-
-/// Collects the products of one block in `[block rows][panels * 16]`.
-struct Collect<'a> {
-    out: &'a mut [f32],
-    first_row: usize,
-    panels: Range<usize>,
-}
-
-impl Sink for Collect<'_> {
-    #[inline(always)]
-    fn put(&mut self, _segment: usize, row: usize, panel: usize, sums: &[f32; LANES]) {
-        let start = ((row - self.first_row) * self.panels.len() + panel - self.panels.start) * LANES;
-        self.out[start..start + LANES].copy_from_slice(sums);
     }
 }
