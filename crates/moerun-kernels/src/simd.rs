@@ -23,6 +23,8 @@ pub(crate) trait Simd: Copy {
     type U8Quads: Copy;
     /// Sixteen i32 in registers.
     type I32s: Copy;
+    /// Sixteen i64 in registers.
+    type I64s: Copy;
 
     /// Rows of a product that are computed together, largest first, down to one.
     const TILE_ROWS: &'static [usize];
@@ -56,6 +58,16 @@ pub(crate) trait Simd: Copy {
     fn load_bf16_pairs(self, line: &Line) -> Self::Bf16Pairs;
     /// Two fused multiply-adds onto `sum`, the pairs' upper halves first: `weights` times `x`, a pair for all lanes.
     fn dot_bf16(self, weights: Self::Bf16Pairs, x: u32, sum: Self::F32s) -> Self::F32s;
+
+    /// Zeroes.
+    fn zero_i64(self) -> Self::I64s;
+    /// `sums` and `values`, each rounded to the nearest integer, ties to even, added with wrapping. What is not below
+    /// 2^63 in magnitude adds anything.
+    fn add_rounded(self, sums: Self::I64s, values: Self::F32s) -> Self::I64s;
+    /// Adds `sums` to `out` with wrapping.
+    fn add_to(self, sums: Self::I64s, out: &mut [i64; LANES]);
+    /// Whether all `values` are below `limit` in magnitude; a NaN is not.
+    fn all_below(self, values: Self::F32s, limit: Self::F32s) -> bool;
 
     /// `value` in each lane.
     fn splat_i32(self, value: i32) -> Self::I32s;
@@ -94,6 +106,24 @@ pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The integer nearest to `value`, ties to even, for `|value| < 2^63`.
+///
+/// In two halves, because not every instruction set converts f64 to i64: the multiple of 2^32 nearest to the value, and
+/// the rest, which is exact and at most 2^31. Adding 1.5 * 2^52 to an f64 leaves the nearest integer, ties to even, in
+/// its low bits; the multiple of 2^32 is even, so the tie goes the same way as that of the whole.
+#[inline(always)]
+fn nearest(value: f32) -> i64 {
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    const TWO_32: f64 = (1_u64 << 32) as f64;
+    let value = f64::from(value);
+    let upper_shifted = value * (1.0 / TWO_32) + ROUND;
+    let upper = upper_shifted - ROUND;
+    let lower_shifted = (value - upper * TWO_32) + ROUND;
+    let upper = (upper_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
+    let lower = (lower_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
+    (upper << 32).wrapping_add(lower)
+}
+
 /// No instruction beyond the target's baseline.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Portable;
@@ -104,6 +134,7 @@ impl Simd for Portable {
     type I8Quads = Line;
     type U8Quads = Line;
     type I32s = [i32; LANES];
+    type I64s = [i64; LANES];
     const TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const I8_BIAS: i32 = 0;
@@ -161,6 +192,36 @@ impl Simd for Portable {
             let high = x_high.mul_add(f32::from_bits(weights[lane] & 0xffff_0000), sum[lane]);
             x_low.mul_add(f32::from_bits(weights[lane] << 16), high)
         })
+    }
+
+    #[inline(always)]
+    fn zero_i64(self) -> [i64; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn add_rounded(self, sums: [i64; LANES], values: [f32; LANES]) -> [i64; LANES] {
+        let mut sums = sums;
+        for (sum, value) in sums.iter_mut().zip(self.store(values)) {
+            *sum = sum.wrapping_add(nearest(value));
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn add_to(self, sums: [i64; LANES], out: &mut [i64; LANES]) {
+        out.iter_mut()
+            .zip(sums)
+            .for_each(|(out, sum)| *out = out.wrapping_add(sum));
+    }
+
+    #[inline(always)]
+    fn all_below(self, values: [f32; LANES], limit: [f32; LANES]) -> bool {
+        let mut all = true;
+        for (value, limit) in self.store(values).into_iter().zip(self.store(limit)) {
+            all &= value.abs() < limit;
+        }
+        all
     }
 
     #[inline(always)]
@@ -242,6 +303,7 @@ impl Simd for Avx2 {
     type I8Quads = [[__m256i; 2]; 2];
     type U8Quads = [__m256i; 2];
     type I32s = [__m256i; 2];
+    type I64s = [i64; LANES];
     const TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
     const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const I8_BIAS: i32 = 0;
@@ -328,6 +390,36 @@ impl Simd for Avx2 {
     fn dot_bf16(self, [high, low]: [[__m256; 2]; 2], x: u32, sum: [__m256; 2]) -> [__m256; 2] {
         let sum = self.mul_add(self.splat(f32::from_bits(x & 0xffff_0000)), high, sum);
         self.mul_add(self.splat(f32::from_bits(x << 16)), low, sum)
+    }
+
+    #[inline(always)]
+    fn zero_i64(self) -> [i64; LANES] {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn add_rounded(self, sums: [i64; LANES], values: [__m256; 2]) -> [i64; LANES] {
+        let mut sums = sums;
+        for (sum, value) in sums.iter_mut().zip(self.store(values)) {
+            *sum = sum.wrapping_add(nearest(value));
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn add_to(self, sums: [i64; LANES], out: &mut [i64; LANES]) {
+        out.iter_mut()
+            .zip(sums)
+            .for_each(|(out, sum)| *out = out.wrapping_add(sum));
+    }
+
+    #[inline(always)]
+    fn all_below(self, values: [__m256; 2], limit: [__m256; 2]) -> bool {
+        let mut all = true;
+        for (value, limit) in self.store(values).into_iter().zip(self.store(limit)) {
+            all &= value.abs() < limit;
+        }
+        all
     }
 
     #[inline(always)]
@@ -470,6 +562,7 @@ impl Simd for Avx512 {
     type I8Quads = __m512i;
     type U8Quads = __m512i;
     type I32s = __m512i;
+    type I64s = [__m512i; 2];
     const TILE_ROWS: &'static [usize] = &[12, 8, 4, 2, 1];
     const BLOCK_TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
     const I8_BIAS: i32 = 128;
@@ -545,6 +638,40 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn zero_i64(self) -> [__m512i; 2] {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { [_mm512_setzero_si512(); 2] }
+    }
+
+    #[inline(always)]
+    fn add_rounded(self, sums: [__m512i; 2], values: __m512) -> [__m512i; 2] {
+        // SAFETY: `self` proves AVX-512 DQ; the rounding mode is never changed from nearest, ties to even.
+        unsafe {
+            let low = _mm512_cvtps_epi64(_mm512_castps512_ps256(values));
+            let high = _mm512_cvtps_epi64(_mm512_extractf32x8_ps(values, 1));
+            [_mm512_add_epi64(sums[0], low), _mm512_add_epi64(sums[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn add_to(self, sums: [__m512i; 2], out: &mut [i64; LANES]) {
+        // SAFETY: `self` proves AVX-512F; sixteen i64 are readable and writable.
+        unsafe {
+            let out = out.as_mut_ptr();
+            for (half, sums) in sums.into_iter().enumerate() {
+                let out = out.add(8 * half).cast();
+                _mm512_storeu_si512(out, _mm512_add_epi64(_mm512_loadu_si512(out), sums));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn all_below(self, values: __m512, limit: __m512) -> bool {
+        // SAFETY: `self` proves AVX-512F.
+        unsafe { _mm512_cmp_ps_mask(_mm512_abs_ps(values), limit, _CMP_LT_OQ) == 0xffff }
+    }
+
+    #[inline(always)]
     fn splat_i32(self, value: i32) -> __m512i {
         // SAFETY: `self` proves AVX-512F.
         unsafe { _mm512_set1_epi32(value) }
@@ -612,6 +739,82 @@ impl Simd for Avx512 {
         unsafe {
             let exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128(words.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32(exponents, 23))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Isa, test_data::Rng};
+
+    /// `values` rounded and added to 7.
+    struct Rounded<'a>(&'a [f32; LANES]);
+
+    impl Kernel for Rounded<'_> {
+        type Output = [i64; LANES];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> [i64; LANES] {
+            let mut out = [7; LANES];
+            simd.add_to(simd.add_rounded(simd.zero_i64(), simd.load(self.0)), &mut out);
+            out
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_integer_with_ties_to_even() {
+        let mut rng = Rng::new(1);
+        let largest = 2.0_f32.powi(63).next_down();
+        let special = [
+            0.0,
+            0.5,
+            1.5,
+            2.5,
+            -0.5,
+            -1.5,
+            largest,
+            -largest,
+            2.0_f32.powi(32),
+            0.49,
+            1e-30,
+            -2.5,
+        ];
+        for round in 0..20_000 {
+            let values: [f32; LANES] = std::array::from_fn(|lane| match special.get(lane) {
+                Some(&value) if round == 0 => value,
+                _ => rng.value() * 2.0_f32.powi(rng.below(75) as i32 - 12),
+            });
+            let wanted = values.map(|value| f64::from(value).round_ties_even() as i64 + 7);
+            for isa in Isa::all_available() {
+                assert_eq!(isa.dispatch(Rounded(&values)), wanted, "{values:?}, {isa}");
+            }
+        }
+    }
+
+    /// Whether all of the values are below 2.
+    struct Below2([f32; LANES]);
+
+    impl Kernel for Below2 {
+        type Output = bool;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> bool {
+            simd.all_below(simd.load(&self.0), simd.splat(2.0))
+        }
+    }
+
+    #[test]
+    fn a_value_at_the_limit_or_not_a_number_is_not_below_it() {
+        for isa in Isa::all_available() {
+            assert!(isa.dispatch(Below2([-1.999; LANES])), "{isa}");
+            for bad in [2.0, -2.0, f32::INFINITY, f32::NAN] {
+                for lane in [0, 7, 8, 15] {
+                    let mut values = [1.0; LANES];
+                    values[lane] = bad;
+                    assert!(!isa.dispatch(Below2(values)), "{isa}, {bad} in lane {lane}");
+                }
+            }
         }
     }
 }

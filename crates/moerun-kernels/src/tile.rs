@@ -13,10 +13,37 @@ use crate::{
     simd::Simd,
 };
 
-/// Where products go: called once per segment, row and panel.
+/// Where products go: called once per row, panel and run of segments.
 pub(crate) trait Sink {
-    /// Takes the sums of segment `segment` (an index) of row `row` with the sixteen output rows of panel `panel`.
-    fn put(&mut self, segment: usize, row: usize, panel: usize, sums: &[f32; LANES]);
+    /// Takes the sums of row `row` with the sixteen output rows of panel `panel`, over each of the segments.
+    fn put<S: Simd>(&mut self, simd: S, row: usize, panel: usize, sums: SegmentSums<'_>);
+}
+
+/// Sums of one row and panel over consecutive segments, ascending.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SegmentSums<'a> {
+    /// Index of the first segment.
+    pub(crate) first: usize,
+    /// Those of segment `first + i` are `sums[i * stride]`.
+    sums: &'a [[f32; LANES]],
+    stride: usize,
+}
+
+impl<'a> SegmentSums<'a> {
+    /// Of one segment.
+    pub(crate) fn one(sums: &'a [f32; LANES]) -> Self {
+        Self {
+            first: 0,
+            sums: std::slice::from_ref(sums),
+            stride: 1,
+        }
+    }
+
+    /// Segment by segment.
+    #[inline(always)]
+    pub(crate) fn iter(self) -> impl Iterator<Item = &'a [f32; LANES]> {
+        self.sums.iter().step_by(self.stride)
+    }
 }
 
 /// Products of the rows of `x` with panels of `weights`, separately over each of `segments`, ascending runs of columns.
@@ -46,12 +73,15 @@ impl Products<'_> {
                 for first_segment in (0..self.segments.len()).step_by(SEGMENTS_AT_ONCE) {
                     let segments = first_segment..self.segments.len().min(first_segment + SEGMENTS_AT_ONCE);
                     self.sum(simd, panels.clone(), block, segments.clone(), &mut sums);
-                    let mut sums = sums.iter();
-                    for segment in segments {
-                        for row in block.first..block.first + block.rows {
-                            for (panel, sums) in panels.clone().zip(&mut sums) {
-                                sink.put(segment, row, panel, sums);
-                            }
+                    let stride = block.rows * panels.len();
+                    for t in 0..block.rows {
+                        for (p, panel) in panels.clone().enumerate() {
+                            let sums = SegmentSums {
+                                first: first_segment,
+                                sums: &sums[t * panels.len() + p..segments.len() * stride],
+                                stride,
+                            };
+                            sink.put(simd, block.first + t, panel, sums);
                         }
                     }
                 }
