@@ -67,6 +67,7 @@ pub(crate) fn f32_tile<S: Simd, const T: usize, const P: usize>(
     for col in 0..cols.len() {
         // SAFETY: the panels and `x` were just seen to have `cols.len()` elements.
         let (lines, x) = unsafe { (lines_at(&panels, col), x.get_unchecked(col)) };
+        prefetch(simd, lines);
         let mut weights = [simd.splat(0.0); P];
         for p in 0..P {
             weights[p] = simd.load_bits(lines[p]);
@@ -102,6 +103,7 @@ impl PanelFormat for Bf16Panels {
         for pair in 0..len {
             // SAFETY: the panels and the words were just seen to have `len` elements.
             let (lines, x) = unsafe { (lines_at(&panels, pair), x.words.get_unchecked(pair)) };
+            prefetch(simd, lines);
             let mut weights = [simd.load_bf16_pairs(lines[0]); P];
             for p in 1..P {
                 weights[p] = simd.load_bf16_pairs(lines[p]);
@@ -188,6 +190,7 @@ impl<F: BlockFormat> PanelFormat for F {
             for line in 0..F::CODE_LINES {
                 // SAFETY: a panel has all lines of its groups, as was just asserted.
                 let codes = unsafe { lines_at(&panels, first + line) };
+                prefetch(simd, codes);
                 F::add_line(simd, codes, line, x_words, &mut integers);
             }
             // SAFETY: as above.
@@ -340,6 +343,17 @@ pub(crate) fn code_bias(isa: crate::Isa, format: NumberFormat) -> i32 {
         NumberFormat::Int8 => isa.i8_bias(),
         NumberFormat::Int4 => 8,
         NumberFormat::Mxfp4 => i32::from(MXFP4_BIAS),
+    }
+}
+
+/// Cache lines that a panel is asked for in advance, across its end and those of memory pages, where the processor's
+/// own prefetching stops: panels lie one after another.
+const PREFETCH: usize = 128;
+
+#[inline(always)]
+fn prefetch<S: Simd, const P: usize>(simd: S, lines: [&Line; P]) {
+    for line in lines {
+        simd.prefetch(line, PREFETCH);
     }
 }
 

@@ -135,13 +135,13 @@ impl Kernel for Tiles<'_> {
 }
 
 impl Tiles<'_> {
-    /// As many panels as the registers hold beside the rows.
+    /// As many panels as the registers hold beside the rows; with one row, a single stream of weights is the fastest.
     #[inline(always)]
     fn run_format<S: Simd, F: PanelFormat>(&mut self, simd: S) {
         if S::WIDE {
             match self.block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd),
-                2 => self.run_tiles::<S, F, 2, 4>(simd),
+                1 => self.run_tiles::<S, F, 1, 1>(simd),
+                2 => self.run_tiles::<S, F, 2, 2>(simd),
                 4 => self.run_tiles::<S, F, 4, 2>(simd),
                 8 => self.run_tiles::<S, F, 8, 2>(simd),
                 12 => self.run_tiles::<S, F, 12, 2>(simd),
@@ -149,7 +149,7 @@ impl Tiles<'_> {
             }
         } else {
             match self.block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd),
+                1 => self.run_tiles::<S, F, 1, 1>(simd),
                 2 => self.run_tiles::<S, F, 2, 2>(simd),
                 4 => self.run_tiles::<S, F, 4, 1>(simd),
                 6 => self.run_tiles::<S, F, 6, 1>(simd),
@@ -163,15 +163,15 @@ impl Tiles<'_> {
     fn run_blocks<S: Simd, F: PanelFormat>(&mut self, simd: S) {
         if S::WIDE {
             match self.block.rows {
-                1 => self.run_tiles::<S, F, 1, 4>(simd),
-                2 => self.run_tiles::<S, F, 2, 4>(simd),
+                1 => self.run_tiles::<S, F, 1, 1>(simd),
+                2 => self.run_tiles::<S, F, 2, 2>(simd),
                 4 => self.run_tiles::<S, F, 4, 2>(simd),
                 6 => self.run_tiles::<S, F, 6, 2>(simd),
                 rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
             }
         } else {
             match self.block.rows {
-                1 => self.run_tiles::<S, F, 1, 2>(simd),
+                1 => self.run_tiles::<S, F, 1, 1>(simd),
                 2 => self.run_tiles::<S, F, 2, 1>(simd),
                 4 => self.run_tiles::<S, F, 4, 1>(simd),
                 rows => unreachable!("{rows} is not in BLOCK_TILE_ROWS"),
