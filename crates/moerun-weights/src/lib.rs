@@ -40,5 +40,5 @@ pub use shapes::{SHAPES, Shape};
 pub use synthesize::{
     DEFAULT_SHARD_BYTES, SynthesizeError, SynthesizeProgress, SynthesizeReport, SynthesizeRequest, synthesize,
 };
-pub use tensor::{Dtype, MatrixSource};
+pub use tensor::{Dtype, MatrixSource, ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
 pub use tensor_names::{LayerTensor, TensorRole};

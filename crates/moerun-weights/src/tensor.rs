@@ -1,6 +1,10 @@
 //! One tensor of a checkpoint, read row by row as f32.
 
+mod row_blocks;
+
 use std::ops::Range;
+
+pub use row_blocks::{ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
 
 use crate::{
     blocks::{BlockType, MAX_BLOCK},
