@@ -81,7 +81,7 @@ impl PackedMatrix {
                     });
                 }
                 NumberFormat::Int8 | NumberFormat::Int4 | NumberFormat::Mxfp4 => {
-                    packed.put_quantized(row_index, &quantize_row(format, row_index, &row)?);
+                    packed.put_quantized(row_index, &quantize_row(format, row_index, &row)?)?;
                 }
             }
         }
@@ -89,23 +89,29 @@ impl PackedMatrix {
     }
 
     /// Packs a matrix whose row `i` is `row(i)`, codes and scales as they are. `row` is called once per row, in
-    /// ascending order.
+    /// ascending order. A scale that is not finite is an error.
     ///
     /// # Panics
-    /// If the format is not quantised, a row has not `cols / 32` blocks (rounded up), a 4-bit code is above 15 or a
-    /// scale is not finite.
+    /// If the format is not quantised, a row has not `cols / 32` blocks (rounded up) or a 4-bit code is above 15.
     pub fn from_quantized(
         format: NumberFormat,
         rows: usize,
         cols: usize,
         mut row: impl FnMut(usize) -> QuantizedRow,
-    ) -> Self {
+    ) -> Result<Self, PackError> {
         assert!(format.is_quantized(), "{format} has no codes");
         let mut packed = Self::zeroed(format, rows, cols);
         for row_index in 0..rows {
-            packed.put_quantized(row_index, &row(row_index));
+            packed.put_quantized(row_index, &row(row_index))?;
         }
-        packed
+        Ok(packed)
+    }
+
+    /// Bytes that a matrix of this shape takes when it is packed.
+    pub fn packed_bytes(format: NumberFormat, rows: usize, cols: usize) -> u64 {
+        (rows.div_ceil(LANES) as u64)
+            .saturating_mul(lines_per_panel(format, cols) as u64)
+            .saturating_mul(size_of::<Line>() as u64)
     }
 
     fn zeroed(format: NumberFormat, rows: usize, cols: usize) -> Self {
@@ -134,7 +140,7 @@ impl PackedMatrix {
         (row % LANES, &mut self.lines.as_mut_slice()[first..first + lines])
     }
 
-    fn put_quantized(&mut self, row: usize, quantized: &QuantizedRow) {
+    fn put_quantized(&mut self, row: usize, quantized: &QuantizedRow) -> Result<(), PackError> {
         let format = self.format;
         let blocks = self.cols.div_ceil(QUANTIZED_BLOCK);
         assert!(
@@ -160,11 +166,19 @@ impl PackedMatrix {
                 NumberFormat::Mxfp4 => scale < 255,
                 _ => f16::from_bits(scale).is_finite(),
             };
-            assert!(is_finite, "a scale of {scale:#x} in row {row}");
+            if !is_finite {
+                return Err(PackError {
+                    row,
+                    first_col: block * QUANTIZED_BLOCK,
+                    format,
+                    cause: BlockError::Scale(scale),
+                });
+            }
             let place = scale_place(format, block, lane);
             let word = &mut panel[place.line][place.word];
             *word = *word & !(place.mask << place.shift) | u32::from(scale) << place.shift;
         }
+        Ok(())
     }
 
     /// Output features.
@@ -469,7 +483,9 @@ mod tests {
                         .collect(),
                 })
                 .collect();
-            let packed = PackedMatrix::from_quantized(format, rows, cols, |row| given[row].clone());
+            let packed =
+                PackedMatrix::from_quantized(format, rows, cols, |row| given[row].clone()).expect("finite scales");
+            assert_eq!(packed.bytes() as u64, PackedMatrix::packed_bytes(format, rows, cols));
             let mut values = vec![0.0; cols];
             for (index, row) in given.iter().enumerate() {
                 packed.unpack_row(index, &mut values);
@@ -498,5 +514,21 @@ mod tests {
             error.to_string(),
             "row 2, columns from 64, as int8: a weight is inf: wanted a finite number"
         );
+        let stored = |scale| QuantizedRow {
+            codes: vec![[1; QUANTIZED_BLOCK]; 2],
+            scales: vec![1, scale],
+        };
+        for (format, infinite) in [
+            (NumberFormat::Int8, 0x7c00),
+            (NumberFormat::Int4, 0xfe00),
+            (NumberFormat::Mxfp4, 255),
+        ] {
+            let error = PackedMatrix::from_quantized(format, 3, 64, |row| stored(if row == 1 { infinite } else { 1 }))
+                .expect_err("a scale that is not finite");
+            assert_eq!(
+                (error.row, error.first_col, error.cause),
+                (1, 32, BlockError::Scale(infinite))
+            );
+        }
     }
 }

@@ -44,6 +44,9 @@ pub enum BlockError {
     /// The scale is beyond the largest f16 (or power of two).
     #[error("a weight is {0}: too large for the block's scale")]
     TooLarge(f32),
+    /// A stored scale, given by its bits, is infinite or not a number.
+    #[error("the stored scale {0:#06x} is not a finite number")]
+    Scale(u16),
 }
 
 /// Codes of a block of weights, as [`crate::QuantizedRow`] holds them, and its scale.

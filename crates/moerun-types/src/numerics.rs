@@ -74,6 +74,15 @@ impl NumberFormat {
         self.column_unit() == QUANTIZED_BLOCK
     }
 
+    /// Format of the other matrices (attention, dense feed-forwards, shared experts) beside experts of this format:
+    /// models that come with MXFP4 experts were trained with the rest in bfloat16.
+    pub fn for_dense(self) -> NumberFormat {
+        match self {
+            NumberFormat::Mxfp4 => NumberFormat::Bf16,
+            other => other,
+        }
+    }
+
     /// Format of the embedding and the logits' head beside other weights of this format: 4-bit codes are too coarse
     /// for them.
     pub fn for_vocabulary(self) -> NumberFormat {
@@ -172,7 +181,7 @@ pub struct Numerics {
 
 /// A combine block that a number format cannot have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a combine block of {combine_block} columns with {format} weights: wanted a multiple of {unit}")]
+#[error("a combine block of {combine_block} columns with {format} weights: wanted a positive multiple of {unit}")]
 #[allow(missing_docs)]
 pub struct NumericsError {
     pub combine_block: usize,
@@ -198,7 +207,8 @@ impl Numerics {
         })
     }
 
-    /// Text that is equal exactly when the bits will be; the version counts changes of the arithmetic itself.
+    /// Text that is equal exactly when the bits will be; the version counts changes of the arithmetic of a format that
+    /// was there before (a new format has a name of its own).
     pub fn id(&self) -> String {
         format!("fma1-{}-{}-{}", self.format, self.combine, self.combine_block)
     }
