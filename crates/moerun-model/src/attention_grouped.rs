@@ -71,7 +71,7 @@ impl GroupedQueryAttention {
             rows,
             kv,
         } = context;
-        let format = self.q_proj.weight.format();
+        let format = self.q_proj.weight.format().activations();
         let x = Activations::round(format, x.view());
         let mut queries = self.q_proj.forward(pool, &x); // [tokens, num_heads * head_dim]
         let mut keys = self.k_proj.forward(pool, &x); // [tokens, num_kv_heads * head_dim]

@@ -85,7 +85,7 @@ impl MultiHeadLatentAttention {
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
     pub(crate) fn forward(&self, context: AttentionContext<'_>, x: &Array2<f32>) -> Array2<f32> {
-        let format = self.o_proj.weight.format();
+        let format = self.o_proj.weight.format().activations();
         let x = Activations::round(format, x.view());
 
         let (keys, latents) = self.keys_and_latents(&context, &x);
@@ -186,7 +186,10 @@ impl QueryProjection {
             QueryProjection::Plain(linear) => linear.forward(pool, x),
             QueryProjection::LowRank { down, norm, up } => {
                 let latent = norm.forward_parallel(pool, &down.forward(pool, x));
-                up.forward(pool, &Activations::round(up.weight.format(), latent.view()))
+                up.forward(
+                    pool,
+                    &Activations::round(up.weight.format().activations(), latent.view()),
+                )
             }
         }
     }
@@ -195,32 +198,30 @@ impl QueryProjection {
 /// `x · Wᵀ`, `[tokens, in]` → `[tokens, out]`; called from inside a task, where the pool runs it serially.
 fn project(pool: &CpuPool, weight: &PackedMatrix, x: ArrayView2<'_, f32>) -> Array2<f32> {
     let mut out = Array2::zeros((x.nrows(), weight.rows()));
-    weight.matmul(pool, &Activations::round(weight.format(), x), out.view_mut());
+    weight.matmul(
+        pool,
+        &Activations::round(weight.format().activations(), x),
+        out.view_mut(),
+    );
     out
 }
 
 /// Cuts `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, into its heads.
 fn load_heads(loader: &mut LayerLoader<'_, '_>, shape: &LatentAttention) -> Result<Vec<Head>, ModelError> {
     let LatentAttention {
-        kv_lora_rank: rank,
         qk_nope_head_dim: nope,
         v_head_dim: value_dim,
         ..
     } = *shape;
-    let format = loader.format();
-    let kv_b = loader.unpacked_matrix(LayerTensor::KvBProj)?;
-    let heads = kv_b.chunks_exact((nope + value_dim) * rank).map(|head| {
-        let (keys, values) = head.split_at(nope * rank);
-        Head {
-            absorb_query: PackedMatrix::pack(format, rank, nope, |latent, row| {
-                row.iter_mut()
-                    .enumerate()
-                    .for_each(|(index, weight)| *weight = keys[index * rank + latent]);
-            }),
-            value: PackedMatrix::pack(format, value_dim, rank, |index, row| {
-                row.copy_from_slice(&values[index * rank..][..rank]);
-            }),
-        }
-    });
-    Ok(heads.collect())
+    let mut kv_b = loader.cut_matrix(LayerTensor::KvBProj)?;
+    let head_rows = nope + value_dim;
+    (0..shape.num_heads)
+        .map(|head| {
+            let first = head * head_rows;
+            Ok(Head {
+                absorb_query: kv_b.transposed(first..first + nope)?,
+                value: kv_b.rows(first + nope..first + head_rows)?,
+            })
+        })
+        .collect()
 }

@@ -15,6 +15,7 @@ mod embedding;
 mod head;
 mod linear;
 mod norm;
+mod pack;
 
 mod attention;
 mod attention_grouped;

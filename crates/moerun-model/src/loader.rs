@@ -1,14 +1,17 @@
 //! Reads the tensors outside the experts, packs them and counts the bytes.
 
-use moerun_kernels::PackedMatrix;
-use moerun_types::{LayerId, ModelConfig, NumberFormat};
-use moerun_weights::{Checkpoint, LayerTensor, MemoryNeed, TensorRole};
+use std::ops::Range;
 
-use crate::{ModelError, linear::Linear};
+use moerun_kernels::{PackError, PackedMatrix};
+use moerun_types::{LayerId, ModelConfig, NumberFormat};
+use moerun_weights::{Checkpoint, LayerTensor, MatrixSource, MemoryNeed, TensorRole};
+
+use crate::{ModelError, linear::Linear, pack};
 
 /// A checkpoint being read, and how far that is.
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    /// Of the experts that the model is run with.
     format: NumberFormat,
     progress: &'a mut dyn FnMut(u64, u64),
     done_bytes: u64,
@@ -31,34 +34,23 @@ impl<'a> Loader<'a> {
         self.checkpoint.config()
     }
 
-    pub(crate) fn format(&self) -> NumberFormat {
-        self.format
+    /// A matrix `[out, in]` in the format of dense matrices.
+    pub(crate) fn matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
+        self.matrix_as(self.format.for_dense(), role)
     }
 
-    /// A matrix `[out, in]` in the model's format.
-    pub(crate) fn matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        self.matrix_as(self.format, role)
+    /// The embedding or the head, `[vocab, hidden]`.
+    pub(crate) fn vocabulary_matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
+        self.matrix_as(self.format.for_vocabulary(), role)
     }
 
     /// A matrix `[out, in]` in a format of its own.
     pub(crate) fn matrix_as(&mut self, format: NumberFormat, role: TensorRole) -> Result<PackedMatrix, ModelError> {
         let source = self.checkpoint.matrix(role)?;
-        let packed = PackedMatrix::pack(format, source.rows(), source.cols(), |row, out| {
-            source.read_row(row, out)
-        });
-        self.count(packed.rows() * packed.cols() * format.bytes());
+        let packed =
+            pack::rows(format, &source, 0..source.rows()).map_err(|source| ModelError::Pack { role, source })?;
+        self.count(packed.bytes());
         Ok(packed)
-    }
-
-    /// A matrix `[out, in]` unpacked, row-major, for those that are cut before they are packed.
-    pub(crate) fn unpacked_matrix(&mut self, role: TensorRole) -> Result<Vec<f32>, ModelError> {
-        let source = self.checkpoint.matrix(role)?;
-        let mut values = vec![0.0; source.rows() * source.cols()];
-        for (row, out) in values.chunks_exact_mut(source.cols()).enumerate() {
-            source.read_row(row, out);
-        }
-        self.count(values.len() * self.format.bytes());
-        Ok(values)
     }
 
     /// A vector in f32.
@@ -100,16 +92,18 @@ impl<'a> LayerLoader<'_, 'a> {
         self.loader.config()
     }
 
-    pub(crate) fn format(&self) -> NumberFormat {
-        self.loader.format()
-    }
-
     pub(crate) fn matrix(&mut self, tensor: LayerTensor) -> Result<PackedMatrix, ModelError> {
         self.loader.matrix(TensorRole::Layer(self.layer, tensor))
     }
 
-    pub(crate) fn unpacked_matrix(&mut self, tensor: LayerTensor) -> Result<Vec<f32>, ModelError> {
-        self.loader.unpacked_matrix(TensorRole::Layer(self.layer, tensor))
+    /// A matrix that is cut before it is packed.
+    pub(crate) fn cut_matrix(&mut self, tensor: LayerTensor) -> Result<CutMatrix<'_, 'a>, ModelError> {
+        let role = TensorRole::Layer(self.layer, tensor);
+        Ok(CutMatrix {
+            source: self.loader.checkpoint.matrix(role)?,
+            role,
+            loader: self.loader,
+        })
     }
 
     /// A matrix that stays f32 whatever the model's format: what decides between experts.
@@ -131,5 +125,33 @@ impl<'a> LayerLoader<'_, 'a> {
         let weight = self.matrix(weight)?;
         let bias = bias.map(|bias| self.vector(bias)).transpose()?;
         Ok(Linear { weight, bias })
+    }
+}
+
+/// A stored matrix whose rows are packed in several parts, in the format of dense matrices.
+pub(crate) struct CutMatrix<'l, 'a> {
+    loader: &'l mut Loader<'a>,
+    role: TensorRole,
+    source: MatrixSource<'a>,
+}
+
+impl CutMatrix<'_, '_> {
+    /// Some of the rows: `[rows, cols]`.
+    pub(crate) fn rows(&mut self, rows: Range<usize>) -> Result<PackedMatrix, ModelError> {
+        let packed = pack::rows(self.loader.format.for_dense(), &self.source, rows);
+        self.counted(packed)
+    }
+
+    /// Some of the rows, transposed: `[cols, rows]`.
+    pub(crate) fn transposed(&mut self, rows: Range<usize>) -> Result<PackedMatrix, ModelError> {
+        let packed = pack::transposed(self.loader.format.for_dense(), &self.source, rows);
+        self.counted(packed)
+    }
+
+    fn counted(&mut self, packed: Result<PackedMatrix, PackError>) -> Result<PackedMatrix, ModelError> {
+        let role = self.role;
+        let packed = packed.map_err(|source| ModelError::Pack { role, source })?;
+        self.loader.count(packed.bytes());
+        Ok(packed)
     }
 }

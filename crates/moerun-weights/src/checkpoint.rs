@@ -8,7 +8,7 @@ use std::{
 use moerun_types::{ExpertId, FeedForwardKind, LayerId, ModelConfig, NumberFormat, StoredDtype, WeightQuantization};
 
 use crate::{
-    Dtype, ExpertSource, GenerationConfig, MatrixSource, TensorRole, WeightsError,
+    BlockType, Dtype, ExpertSource, GenerationConfig, MatrixSource, TensorRole, WeightsError,
     directory::Directory,
     expected::{ExpectedTensor, ModelPart, expected_in, expected_tensors},
     expert::{self, ExpertParts},
@@ -183,28 +183,41 @@ impl Checkpoint {
         self.expert_parts(layer, expert).map(ExpertSource::from)
     }
 
-    /// The number format that is used unless another is asked for: that of most of the weights that are there, f16
-    /// counting as f32 and blocks of GGUF as bf16; for other weights that are quantised on disk, that of the config, bf16
-    /// unless it says f32.
+    /// The number format that is used unless another is asked for: that in which most of the experts' weights (of a model
+    /// without experts: all weights) are stored where they are MXFP4, or GGUF's `Q8_0` or `Q4_0`. Otherwise that of most
+    /// of the weights that are there, f16 counting as f32 and other blocks of GGUF as bf16; for fp8 that of the config,
+    /// bf16 unless it says f32.
     pub fn default_format(&self) -> NumberFormat {
         let configured = || match self.config.stored_dtype {
             Some(StoredDtype::F32) => NumberFormat::F32,
             _ => NumberFormat::Bf16,
         };
-        if self.config.quantization != WeightQuantization::None {
-            return configured();
+        match self.config.quantization {
+            WeightQuantization::None => {}
+            // Said by the config, so that a gateway's copy without experts says the same.
+            WeightQuantization::Mxfp4 => return NumberFormat::Mxfp4,
+            WeightQuantization::Fp8Block { .. } => return configured(),
+        }
+        let all = self.stored_elements(|_| true);
+        let experts = self.stored_elements(|part| matches!(part, ModelPart::Experts(_)));
+        let deciding = if experts.is_empty() { &all } else { &experts };
+        let total: u64 = deciding.values().sum();
+        for (block, format) in [
+            (BlockType::Q8_0, NumberFormat::Int8),
+            (BlockType::Q4_0, NumberFormat::Int4),
+            (BlockType::Mxfp4, NumberFormat::Mxfp4),
+        ] {
+            if deciding
+                .get(&Dtype::Block(block))
+                .is_some_and(|&elements| 2 * elements > total)
+            {
+                return format;
+            }
         }
         let (mut wide, mut narrow) = (0u64, 0u64);
-        for tensor in expected_in(&self.config, self.store.expert_layout(&self.config))
-            .iter()
-            .filter(|tensor| tensor.shape.len() > 1)
-        {
-            let Some(stored) = self.store.get(&tensor.name) else {
-                continue;
-            };
-            let elements: u64 = stored.shape.iter().map(|&dim| dim as u64).product();
-            match stored.element.dtype {
-                Some(Dtype::Bf16 | Dtype::Block(_)) => narrow += elements,
+        for (dtype, elements) in all {
+            match dtype {
+                Dtype::Bf16 | Dtype::Block(_) => narrow += elements,
                 _ => wide += elements,
             }
         }
@@ -213,6 +226,21 @@ impl Checkpoint {
             _ if narrow > wide => NumberFormat::Bf16,
             _ => NumberFormat::F32,
         }
+    }
+
+    /// Elements of the matrices that are there, by their type, of the parts that `counts`.
+    fn stored_elements(&self, counts: impl Fn(ModelPart) -> bool) -> HashMap<Dtype, u64> {
+        let mut elements = HashMap::new();
+        for tensor in expected_in(&self.config, self.store.expert_layout(&self.config)) {
+            let Some(stored) = self.store.get(&tensor.name) else {
+                continue;
+            };
+            if tensor.shape.len() > 1 && counts(tensor.part) {
+                *elements.entry(expert::known_dtype(stored)).or_insert(0) +=
+                    stored.shape.iter().map(|&dim| dim as u64).product::<u64>();
+            }
+        }
+        elements
     }
 
     pub(crate) fn expert_parts(&self, layer: LayerId, expert: ExpertId) -> Result<ExpertParts<'_>, WeightsError> {

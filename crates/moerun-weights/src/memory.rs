@@ -1,11 +1,11 @@
 //! What a model needs in memory, and how many parameters it has.
 
-use moerun_types::{AttentionConfig, ModelConfig, MoeConfig, NumberFormat};
+use std::ops::Range;
+
+use moerun_kernels::PackedMatrix;
+use moerun_types::{AttentionConfig, BlockRange, ModelConfig, MoeConfig, NumberFormat, Numerics};
 
 use crate::{LayerTensor, TensorRole, dense_tensors::dense_tensors};
-
-/// Rows of a panel: packed matrices are padded to whole panels.
-const PANEL_ROWS: u64 = 16;
 
 /// Bytes that a model's parts take in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,14 +34,18 @@ pub struct ParameterCounts {
 }
 
 impl MemoryNeed {
-    /// Computes the need of `config` with weights held in `format`: matrices in that format, padded to whole panels;
-    /// norms, biases and routers in f32.
+    /// Computes the need of `config` with experts held in `format`: other matrices in [`NumberFormat::for_dense`],
+    /// embedding and head in [`NumberFormat::for_vocabulary`], all as large as they are packed; norms, biases and
+    /// routers in f32.
     pub fn of(config: &ModelConfig, format: NumberFormat) -> Self {
         let gateway_bytes = dense_tensors(config)
             .iter()
-            .map(|(role, shape)| dense_bytes(*role, shape, format))
+            .map(|(role, shape)| dense_bytes(config, *role, shape, format))
             .sum();
-        let expert_bytes = config.moe.as_ref().map_or(0, |moe| expert_bytes(config, moe, format));
+        let expert_bytes = config
+            .moe
+            .as_ref()
+            .map_or(0, |moe| slice_bytes(config, moe, format, 0..moe.intermediate));
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts) as u64;
         MemoryNeed {
             gateway_bytes,
@@ -49,6 +53,18 @@ impl MemoryNeed {
             all_experts_bytes: expert_bytes * num_experts * config.moe_layers().len() as u64,
             kv_bytes_per_token: 4 * cached_elements(&config.attention) * config.layers.len() as u64,
         }
+    }
+
+    /// Bytes that some blocks of one expert take.
+    pub fn of_slice(config: &ModelConfig, numerics: &Numerics, blocks: BlockRange) -> u64 {
+        config.moe.as_ref().map_or(0, |moe| {
+            let column = |block: u16| {
+                usize::from(block)
+                    .saturating_mul(numerics.combine_block)
+                    .min(moe.intermediate)
+            };
+            slice_bytes(config, moe, numerics.format, column(blocks.first)..column(blocks.end))
+        })
     }
 }
 
@@ -75,29 +91,36 @@ fn elements(shape: &[usize]) -> u64 {
     shape.iter().map(|&dim| dim as u64).product()
 }
 
-fn dense_bytes(role: TensorRole, shape: &[usize], format: NumberFormat) -> u64 {
-    use LayerTensor::{CorrectionBias, Router, SharedExpertGate};
-    match (role, shape) {
-        (TensorRole::Layer(_, Router | CorrectionBias | SharedExpertGate), _) => 4 * elements(shape),
-        (_, &[rows, cols]) => packed_bytes(rows, cols, format),
+fn dense_bytes(config: &ModelConfig, role: TensorRole, shape: &[usize], format: NumberFormat) -> u64 {
+    use LayerTensor::{CorrectionBias, KvBProj, Router, SharedExpertGate};
+    let packed = PackedMatrix::packed_bytes;
+    match (role, shape, &config.attention) {
+        (TensorRole::Layer(_, CorrectionBias), ..) => 4 * elements(shape),
+        (TensorRole::Layer(_, Router | SharedExpertGate), &[rows, cols], _) => packed(NumberFormat::F32, rows, cols),
+        (TensorRole::Embedding | TensorRole::Head, &[rows, cols], _) => packed(format.for_vocabulary(), rows, cols),
+        // Each head's key half is packed transposed, its value half as it is.
+        (TensorRole::Layer(_, KvBProj), _, AttentionConfig::Latent(latent)) => {
+            let (format, rank) = (format.for_dense(), latent.kv_lora_rank);
+            let head = packed(format, rank, latent.qk_nope_head_dim) + packed(format, latent.v_head_dim, rank);
+            head * latent.num_heads as u64
+        }
+        (_, &[rows, cols], _) => packed(format.for_dense(), rows, cols),
         _ => 4 * elements(shape),
     }
 }
 
-/// Columns are packed in pairs in bf16.
-fn packed_bytes(rows: usize, cols: usize, format: NumberFormat) -> u64 {
-    let rows = (rows as u64).next_multiple_of(PANEL_ROWS);
-    let cols = match format {
-        NumberFormat::F32 => cols as u64,
-        NumberFormat::Bf16 => (cols as u64).next_multiple_of(2),
+/// Bytes of one expert's matrices and biases that the columns `held` of its intermediate dimension take.
+fn slice_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat, held: Range<usize>) -> u64 {
+    let up = PackedMatrix::packed_bytes(format, held.len(), config.hidden);
+    let down = PackedMatrix::packed_bytes(format, config.hidden, held.len());
+    let gate_up_bias = if moe.gate_up_bias { 2 * held.len() as u64 } else { 0 };
+    // Owed by the holder of block 0.
+    let down_bias = if moe.down_bias && held.start == 0 {
+        config.hidden as u64
+    } else {
+        0
     };
-    rows * cols * format.bytes() as u64
-}
-
-fn expert_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat) -> u64 {
-    let up = packed_bytes(moe.intermediate, config.hidden, format);
-    let down = packed_bytes(config.hidden, moe.intermediate, format);
-    2 * up + down + 4 * expert_biases(config, moe)
+    2 * up + down + 4 * (gate_up_bias + down_bias)
 }
 
 fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {

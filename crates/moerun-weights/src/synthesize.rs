@@ -4,6 +4,7 @@
 //! disk; on any error that directory is removed. Weights are made piece by piece: memory does not grow with the model.
 
 mod config;
+mod element;
 mod random;
 mod shards;
 mod space;
@@ -19,6 +20,7 @@ use std::{
 use moerun_types::{ConfigError, ModelConfig, NumberFormat};
 
 use crate::expected_tensors;
+use element::Element;
 use shards::{PlannedTensor, ShardPlan, Writing};
 use staging::Staging;
 
@@ -34,7 +36,7 @@ pub struct SynthesizeRequest<'a> {
     pub layers: Option<usize>,
     /// Seed of the weights: one seed, shape and format give one checkpoint, byte for byte.
     pub seed: u64,
-    /// How weights are stored.
+    /// How weights are stored: f32 or bf16.
     pub dtype: NumberFormat,
     /// Directory to make; it must not exist, its parent must.
     pub out: &'a Path,
@@ -95,6 +97,12 @@ pub enum SynthesizeError {
     /// The config was refused.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Weights of this format are not elements of a tensor.
+    #[error("tensors of {found}: wanted f32 or bf16")]
+    Format {
+        /// What was asked for.
+        found: NumberFormat,
+    },
     /// More layers were asked for than the shape has, or none.
     #[error("wanted from 1 to {available} layers of this shape, found {wanted}")]
     Layers {
@@ -169,9 +177,10 @@ fn synthesize_with_space(
     request: &SynthesizeRequest<'_>,
     available_bytes: impl FnOnce(&Path) -> io::Result<u64>,
 ) -> Result<SynthesizeReport, SynthesizeError> {
-    let (config, config_json) = config::prepare(request.config_json, request.layers, request.dtype)?;
+    let dtype = Element::of(request.dtype)?;
+    let (config, config_json) = config::prepare(request.config_json, request.layers, dtype)?;
     let text_files = tokenizer::files(&config)?;
-    let plans = shards::split(planned_tensors(&config), request.dtype, request.max_shard_bytes);
+    let plans = shards::split(planned_tensors(&config), dtype, request.max_shard_bytes);
     let weight_bytes: u64 = plans.iter().map(|plan| plan.data_bytes).sum();
 
     staging::refuse_existing(request.out)?;
@@ -194,10 +203,10 @@ fn synthesize_with_space(
     for file in &text_files {
         staging.write(file.name, &file.text)?;
     }
-    write_weights(&staging, request, &plans, weight_bytes)?;
+    write_weights(&staging, request, dtype, &plans, weight_bytes)?;
     stop_if_interrupted(request.interrupted)?;
     staging.publish(request.out)?;
-    Ok(report(request, &config, &plans, weight_bytes))
+    Ok(report(request, dtype, &config, &plans, weight_bytes))
 }
 
 fn planned_tensors(config: &ModelConfig) -> Vec<PlannedTensor> {
@@ -213,6 +222,7 @@ fn planned_tensors(config: &ModelConfig) -> Vec<PlannedTensor> {
 fn write_weights(
     staging: &Staging,
     request: &SynthesizeRequest<'_>,
+    dtype: Element,
     plans: &[ShardPlan],
     total_bytes: u64,
 ) -> Result<(), SynthesizeError> {
@@ -228,7 +238,7 @@ fn write_weights(
         };
         let writing = Writing {
             seed: request.seed,
-            dtype: request.dtype,
+            dtype,
             progress: &progress,
             interrupted: request.interrupted,
         };
@@ -250,6 +260,7 @@ fn stop_if_interrupted(interrupted: Option<&AtomicBool>) -> Result<(), Synthesiz
 
 fn report(
     request: &SynthesizeRequest<'_>,
+    dtype: Element,
     config: &ModelConfig,
     plans: &[ShardPlan],
     weight_bytes: u64,
@@ -258,7 +269,7 @@ fn report(
         dir: request.out.to_owned(),
         layers: config.layers.len(),
         tensors: plans.iter().map(|plan| plan.tensors.len()).sum(),
-        parameters: weight_bytes / request.dtype.bytes() as u64,
+        parameters: weight_bytes / dtype.bytes() as u64,
         weight_bytes,
         shards: plans.len(),
     }

@@ -53,7 +53,6 @@ impl Worker {
     /// Before anything large is read, the shard is resolved, its memory is reckoned, and the address is taken. While it
     /// loads, health says `NOT_SERVING` and a handshake is answered `UNAVAILABLE`.
     pub fn start(config: &WorkerConfig, shutdown: Shutdown) -> Result<Self, WorkerError> {
-        at_least_one("combine_block", config.combine_block.unwrap_or(1))?;
         let options = ServeOptions {
             listen: config.listen.clone(),
             threads: config.threads,
@@ -65,13 +64,13 @@ impl Worker {
         let Some(moe) = &model.moe else {
             return Err(WorkerError::DenseModel);
         };
-        let numerics = Numerics {
-            format: config.weights.unwrap_or_else(|| checkpoint.default_format()),
-            combine: config.combine,
-            combine_block: config
+        let numerics = Numerics::checked(
+            config.weights.unwrap_or_else(|| checkpoint.default_format()),
+            config.combine,
+            config
                 .combine_block
                 .unwrap_or_else(|| default_combine_block(moe.intermediate)),
-        };
+        )?;
         let slices = config.shard.resolve(model, &numerics)?;
         if slices.is_empty() {
             tracing::warn!("shard {} holds nothing of this model", config.shard);

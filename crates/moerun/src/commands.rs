@@ -15,6 +15,7 @@ use std::{
 
 use moerun_kernels::{Isa, IsaError};
 use moerun_process::{Exit, TelemetryError, init_telemetry};
+use moerun_worker::WorkerError;
 
 use crate::{
     cli::{Cli, Command},
@@ -48,7 +49,11 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 
 /// Settings that make no sense, wherever they were found out.
 fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<SettingsError>() || error.is::<TelemetryError>() || error.is::<IsaError>()
+    let worker = error.downcast_ref::<WorkerError>();
+    error.is::<SettingsError>()
+        || error.is::<TelemetryError>()
+        || error.is::<IsaError>()
+        || matches!(worker, Some(WorkerError::Numerics(_)))
 }
 
 /// An error and its causes. A cause that the message before it repeats at its end is not said twice.

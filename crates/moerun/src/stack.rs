@@ -90,7 +90,7 @@ impl Experts {
             }
             place => place,
         };
-        let numerics = numerics(settings, &checkpoint);
+        let numerics = numerics(settings, &checkpoint)?;
         let max_context = max_context(settings, config)?;
         let experts_on_this_machine = !matches!(place, Place::Remote(_));
         let kv_memory_bytes = reckon_memory(settings, config, numerics.format, max_context, experts_on_this_machine)?;
@@ -187,15 +187,16 @@ fn directory_name(dir: &Path) -> String {
 }
 
 /// What gateway and workers must agree on.
-fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Numerics {
+fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Result<Numerics, SettingsError> {
     let intermediate = checkpoint.config().moe.as_ref().map_or(0, |moe| moe.intermediate);
-    Numerics {
-        format: settings.weights.unwrap_or_else(|| checkpoint.default_format()),
-        combine: settings.combine,
-        combine_block: settings
+    Numerics::checked(
+        settings.weights.unwrap_or_else(|| checkpoint.default_format()),
+        settings.combine,
+        settings
             .combine_block
             .unwrap_or_else(|| default_combine_block(intermediate)),
-    }
+    )
+    .map_err(|error| SettingsError(error.to_string()))
 }
 
 fn max_context(settings: &Settings, config: &ModelConfig) -> anyhow::Result<usize> {

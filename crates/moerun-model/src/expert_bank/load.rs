@@ -10,9 +10,11 @@ use std::{
     thread,
 };
 
-use moerun_kernels::{FeedForward, PackedMatrix};
+use moerun_kernels::{FeedForward, PackError, PackedMatrix};
 use moerun_types::{BlockRange, ExpertSlice, MoeConfig, Numerics};
-use moerun_weights::{Checkpoint, MatrixSource, WeightsError};
+use moerun_weights::{Checkpoint, MemoryNeed};
+
+use crate::{ModelError, pack};
 
 /// Packs the weights of every entry of `held`, on all cores; the result is in the order of `held`.
 pub(super) fn load_all(
@@ -21,11 +23,8 @@ pub(super) fn load_all(
     held: &[ExpertSlice],
     numerics: Numerics,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<FeedForward>, WeightsError> {
-    let slice_bytes = |slice: &ExpertSlice| {
-        let elements = 3 * columns(slice.blocks, moe, numerics).len() * checkpoint.config().hidden;
-        (elements * numerics.format.bytes()) as u64
-    };
+) -> Result<Vec<FeedForward>, ModelError> {
+    let slice_bytes = |slice: &ExpertSlice| MemoryNeed::of_slice(checkpoint.config(), &numerics, slice.blocks);
     let total_bytes = held.iter().map(slice_bytes).sum();
     let mut done_bytes = 0;
     let mut loaded: Vec<Option<FeedForward>> = vec![None; held.len()];
@@ -58,7 +57,7 @@ pub(super) fn load_all(
             done_bytes += slice_bytes(&held[index]);
             progress(done_bytes, total_bytes);
         }
-        Ok::<_, WeightsError>(())
+        Ok::<_, ModelError>(())
     })?;
     Ok(loaded
         .into_iter()
@@ -71,21 +70,22 @@ fn load_slice(
     moe: &MoeConfig,
     slice: ExpertSlice,
     numerics: Numerics,
-) -> Result<FeedForward, WeightsError> {
+) -> Result<FeedForward, ModelError> {
     let expert = checkpoint.expert(slice.layer, slice.expert)?;
     let held = columns(slice.blocks, moe, numerics);
-    let rows = |matrix: &MatrixSource<'_>| {
-        PackedMatrix::pack(numerics.format, held.len(), matrix.cols(), |row, out| {
-            matrix.read_row(held.start + row, out)
-        })
+    let named = |matrix: &'static str| {
+        move |source: PackError| ModelError::PackExpert {
+            layer: slice.layer,
+            expert: slice.expert,
+            matrix,
+            source,
+        }
     };
-    let down = &expert.down_proj;
+    let (format, down) = (numerics.format, &expert.down_proj);
     Ok(FeedForward {
-        gate_proj: rows(&expert.gate_proj),
-        up_proj: rows(&expert.up_proj),
-        down_proj: PackedMatrix::pack(numerics.format, down.rows(), held.len(), |row, out| {
-            down.read_row_part(row, held.start, out);
-        }),
+        gate_proj: pack::rows(format, &expert.gate_proj, held.clone()).map_err(named("gate_proj"))?,
+        up_proj: pack::rows(format, &expert.up_proj, held.clone()).map_err(named("up_proj"))?,
+        down_proj: pack::part(format, down, 0..down.rows(), held.clone()).map_err(named("down_proj"))?,
         gate_bias: expert.gate_bias.map(|bias| bias[held.clone()].to_vec()),
         up_bias: expert.up_bias.map(|bias| bias[held.clone()].to_vec()),
         // A term of its own, owed by the holder of block 0.

@@ -1,6 +1,6 @@
 //! Weights as a function of (seed, tensor, element): any piece can be made by any thread in any order.
 
-use moerun_types::NumberFormat;
+use super::element::Element;
 
 /// Standard deviation of weights, as most models are initialised with.
 const DEVIATION: f64 = 0.02;
@@ -20,7 +20,7 @@ pub(super) struct TensorValues {
 
 impl TensorValues {
     /// Norm weights vary around 1, everything else around 0.
-    pub(super) fn new(seed: u64, name: &str, dtype: NumberFormat) -> Self {
+    pub(super) fn new(seed: u64, name: &str, dtype: Element) -> Self {
         let mean = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
         let centre = (LEVELS - 1) as f64 / 2.0;
         let deviation_of_byte = ((256.0f64 * 256.0 - 1.0) / 12.0).sqrt();
@@ -29,8 +29,8 @@ impl TensorValues {
             .map(|sum| {
                 let value = (mean + DEVIATION * (sum as f64 - centre) / deviation_of_sum) as f32;
                 match dtype {
-                    NumberFormat::F32 => value.to_le_bytes(),
-                    NumberFormat::Bf16 => {
+                    Element::F32 => value.to_le_bytes(),
+                    Element::Bf16 => {
                         let [low, high] = half::bf16::from_f32(value).to_le_bytes();
                         [low, high, 0, 0]
                     }
@@ -81,7 +81,7 @@ mod tests {
 
     fn values(seed: u64, name: &str, count: usize) -> Vec<f64> {
         let mut bytes = vec![0; 4 * count];
-        TensorValues::new(seed, name, NumberFormat::F32).fill(0, &mut bytes);
+        TensorValues::new(seed, name, Element::F32).fill(0, &mut bytes);
         bytes
             .as_chunks::<4>()
             .0
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn pieces_join_to_the_whole() {
-        for dtype in [NumberFormat::F32, NumberFormat::Bf16] {
+        for dtype in [Element::F32, Element::Bf16] {
             let tensor = TensorValues::new(1, "x", dtype);
             let mut whole = vec![0; 101 * dtype.bytes()];
             tensor.fill(0, &mut whole);

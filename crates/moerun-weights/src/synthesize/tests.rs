@@ -52,7 +52,7 @@ fn names(dir: &Path) -> Vec<String> {
 #[test]
 fn a_small_checkpoint_of_every_family_opens() {
     for family in Family::ALL {
-        for dtype in [NumberFormat::F32, NumberFormat::Bf16] {
+        for (dtype, element_bytes) in [(NumberFormat::F32, 4), (NumberFormat::Bf16, 2)] {
             let root = tempfile::tempdir().unwrap();
             let out = root.path().join("made");
             let config = small_config(family);
@@ -62,7 +62,7 @@ fn a_small_checkpoint_of_every_family_opens() {
             });
             let checkpoint = Checkpoint::open(&out, Needs::All).unwrap_or_else(|error| panic!("{family:?}: {error}"));
             assert_eq!(checkpoint.config().layers.len(), report.layers);
-            assert_eq!(report.weight_bytes, report.parameters * dtype.bytes() as u64);
+            assert_eq!(report.weight_bytes, report.parameters * element_bytes);
             assert!(!checkpoint.generation_config().eos_token_ids.is_empty());
             assert_eq!(names(root.path()), ["made"], "{family:?}");
         }
@@ -139,14 +139,14 @@ fn tensors_longer_than_a_piece_are_whole() {
             shape: vec![3],
         },
     ];
-    let plans = shards::split(tensors, NumberFormat::Bf16, u64::MAX);
+    let plans = shards::split(tensors, Element::Bf16, u64::MAX);
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("file");
     let reported = Mutex::new(Vec::new());
     let progress = |bytes| reported.lock().unwrap().push(bytes);
     let writing = Writing {
         seed: 3,
-        dtype: NumberFormat::Bf16,
+        dtype: Element::Bf16,
         progress: &progress,
         interrupted: None,
     };
@@ -156,7 +156,7 @@ fn tensors_longer_than_a_piece_are_whole() {
     let mut wanted = plans[0].header.clone();
     for (name, elements) in [("long", 2 * ((1 << 21) + 5)), ("short", 3)] {
         let mut bytes = vec![0; 2 * elements];
-        random::TensorValues::new(3, name, NumberFormat::Bf16).fill(0, &mut bytes);
+        random::TensorValues::new(3, name, Element::Bf16).fill(0, &mut bytes);
         wanted.extend(bytes);
     }
     assert!(written == wanted);
@@ -308,18 +308,32 @@ fn a_write_error_is_reported_and_leaves_nothing() {
             name: "x".to_owned(),
             shape: vec![100],
         }],
-        NumberFormat::F32,
+        Element::F32,
         1,
     );
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
     let writing = Writing {
         seed: 0,
-        dtype: NumberFormat::F32,
+        dtype: Element::F32,
         progress: &|_| {},
         interrupted: None,
     };
     let error = shards::write_data(full, Path::new("shard"), &plans[0], &writing).unwrap_err();
     assert!(error.to_string().starts_with("shard: No space left"), "{error}");
+}
+
+#[test]
+fn blocks_of_codes_are_no_tensors() {
+    let root = tempfile::tempdir().unwrap();
+    let out = root.path().join("out");
+    let config = small_config(Family::Mixtral);
+    let error = synthesize(&SynthesizeRequest {
+        dtype: NumberFormat::Int4,
+        ..SynthesizeRequest::new(&config, &out)
+    })
+    .unwrap_err();
+    assert_eq!(error.to_string(), "tensors of int4: wanted f32 or bf16");
+    assert!(names(root.path()).is_empty());
 }
 
 #[test]

@@ -435,7 +435,19 @@ fn what_makes_no_sense_is_refused_before_anything_is_loaded() {
         combine_block: Some(0),
         ..config("mixtral", ShardSpec::All)
     };
-    assert_eq!(refused(no_block), "combine_block: wanted at least 1, found 0");
+    assert_eq!(
+        refused(no_block),
+        "a combine block of 0 columns with f32 weights: wanted a positive multiple of 1"
+    );
+    let short_block = WorkerConfig {
+        weights: Some(NumberFormat::Int8),
+        combine_block: Some(8),
+        ..config("mixtral", ShardSpec::All)
+    };
+    assert_eq!(
+        refused(short_block),
+        "a combine block of 8 columns with int8 weights: wanted a positive multiple of 32"
+    );
     let beyond = refused(config("mixtral", ShardSpec::parse_experts("0:99").unwrap()));
     assert!(beyond.contains("99"), "{beyond}");
     let nowhere = refused(config("no-such-model", ShardSpec::All));

@@ -12,9 +12,6 @@ use serde_json::{Value, json};
 use self::words::{attention, count, counted, gate};
 use crate::{cli::InspectArgs, size::ByteSize};
 
-/// Number formats that experts can be held in.
-const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
-
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     init_telemetry(LogFormat::Text, None, "warn")?;
@@ -43,9 +40,9 @@ fn has_all_experts(checkpoint: &Checkpoint) -> bool {
 fn as_json(checkpoint: &Checkpoint) -> Value {
     let config = checkpoint.config();
     let parameters = ParameterCounts::of(config);
-    let memory: serde_json::Map<String, Value> = FORMATS
-        .iter()
-        .map(|&format| {
+    let memory: serde_json::Map<String, Value> = NumberFormat::ALL
+        .into_iter()
+        .map(|format| {
             let need = MemoryNeed::of(config, format);
             let need = json!({
                 "gateway_bytes": need.gateway_bytes,
@@ -140,7 +137,7 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
             "not all here: a copy for workers".to_owned(),
         ));
     }
-    for format in FORMATS {
+    for format in NumberFormat::ALL {
         let need = MemoryNeed::of(config, format);
         let experts = match need.all_experts_bytes {
             0 => String::new(),
