@@ -2,6 +2,7 @@
 
 mod cluster;
 mod command_line;
+mod formats;
 mod gguf;
 mod loading;
 mod malformed;
