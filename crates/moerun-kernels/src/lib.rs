@@ -49,7 +49,7 @@ pub use feed_forward::{
 pub use isa::{Isa, IsaError};
 pub use kv_pages::{KV_PAGE_TOKENS, KvPages};
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
-pub use packed::{PackError, PackedMatrix, QuantizedRow};
+pub use packed::{MappedError, PackError, PackedMatrix, QuantizedRow};
 pub use pool::CpuPool;
 pub use quantize::BlockError;
 pub use rotary::RotaryTable;

@@ -1,8 +1,14 @@
 //! Weight matrices packed in lane-wide panels: lane = output row, so one layout serves decode and prefill.
 
+mod draw;
+mod mapped;
+mod part;
+
 use half::f16;
 use moerun_types::{NumberFormat, QUANTIZED_BLOCK};
 use ndarray::ArrayViewMut2;
+
+pub use mapped::MappedError;
 
 use crate::{
     Activations, CpuPool, Isa,
