@@ -77,7 +77,7 @@ impl MultiHeadLatentAttention {
             queries,
             kv_a_proj: loader.linear(LayerTensor::KvAProj, bias(LayerTensor::KvABias))?,
             kv_a_norm: Norm::rms(loader.vector(LayerTensor::KvANorm)?, LATENT_NORM_EPSILON),
-            heads: load_heads(loader, shape)?,
+            heads: load_heads(loader)?,
             o_proj: loader.linear(LayerTensor::OProj, bias(LayerTensor::OBias))?,
             shape: shape.clone(),
         })
@@ -206,22 +206,14 @@ fn project(pool: &CpuPool, weight: &PackedMatrix, x: ArrayView2<'_, f32>) -> Arr
     out
 }
 
-/// Cuts `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, into its heads.
-fn load_heads(loader: &mut LayerLoader<'_, '_>, shape: &LatentAttention) -> Result<Vec<Head>, ModelError> {
-    let LatentAttention {
-        qk_nope_head_dim: nope,
-        v_head_dim: value_dim,
-        ..
-    } = *shape;
-    let mut kv_b = loader.cut_matrix(LayerTensor::KvBProj)?;
-    let head_rows = nope + value_dim;
-    (0..shape.num_heads)
-        .map(|head| {
-            let first = head * head_rows;
-            Ok(Head {
-                absorb_query: kv_b.transposed(first..first + nope)?,
-                value: kv_b.rows(first + nope..first + head_rows)?,
-            })
+/// The heads of `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, each loaded as its two halves.
+fn load_heads(loader: &mut LayerLoader<'_, '_>) -> Result<Vec<Head>, ModelError> {
+    let mut halves = loader.matrices(LayerTensor::KvBProj)?.into_iter();
+    let next_head = || {
+        Some(Head {
+            absorb_query: halves.next()?,
+            value: halves.next()?,
         })
-        .collect()
+    };
+    Ok(std::iter::from_fn(next_head).collect())
 }

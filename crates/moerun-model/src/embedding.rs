@@ -18,7 +18,7 @@ pub(crate) struct Embedding {
 
 impl Embedding {
     pub(crate) fn load(loader: &mut Loader<'_>) -> Result<Self, ModelError> {
-        let weight = Arc::new(loader.vocabulary_matrix(TensorRole::Embedding)?);
+        let weight = Arc::new(loader.matrix(TensorRole::Embedding)?);
         Ok(Embedding {
             weight,
             multiplier: loader.config().embedding_multiplier,

@@ -1,39 +1,17 @@
 //! Why a model could not be loaded or run.
 
-use moerun_kernels::PackError;
-use moerun_types::{ExpertId, LayerId};
-use moerun_weights::TensorRole;
+use moerun_types::LayerId;
 
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The checkpoint lacks something or does not fit the config.
+    /// The checkpoint lacks something, does not fit the config or has a value that the number format cannot hold.
     #[error(transparent)]
     Weights(#[from] moerun_weights::WeightsError),
     /// A slice of an expert that was asked for is not in the model.
     #[error(transparent)]
     Expert(#[from] crate::ExpertError),
-    /// A tensor has a value that the number format cannot hold.
-    #[error("{role:?}: {source}")]
-    Pack {
-        /// The tensor.
-        role: TensorRole,
-        /// Why.
-        source: PackError,
-    },
-    /// An expert has a value that the number format cannot hold.
-    #[error("{matrix} of layer {layer} expert {expert}: {source}")]
-    PackExpert {
-        /// Model layer.
-        layer: LayerId,
-        /// Expert.
-        expert: ExpertId,
-        /// `gate_proj`, `up_proj` or `down_proj`.
-        matrix: &'static str,
-        /// Why; rows and columns count from the start of the slice that was packed.
-        source: PackError,
-    },
     /// A gate refused its input.
     #[error("gate of layer {layer}: {source}")]
     Gate {

@@ -50,7 +50,7 @@ impl SharedExperts {
         };
         let gate = shared
             .sigmoid_gate
-            .then(|| loader.matrix_f32(LayerTensor::SharedExpertGate))
+            .then(|| loader.matrix(LayerTensor::SharedExpertGate))
             .transpose()?;
         Ok(SharedExperts { weights, gate })
     }

@@ -21,7 +21,7 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) fn load(loader: &mut LayerLoader<'_, '_>, moe: &MoeConfig) -> Result<Self, ModelError> {
-        let weight = loader.matrix_f32(LayerTensor::Router)?;
+        let weight = loader.matrix(LayerTensor::Router)?;
         let bias = loader.vector_if(moe.gate.router_bias, LayerTensor::RouterBias)?;
         let correction_bias = loader.vector_if(moe.gate.correction_bias, LayerTensor::CorrectionBias)?;
         Ok(Gate {

@@ -25,7 +25,7 @@ impl Head {
         let weight = if config.tied_head {
             embedding.weight()
         } else {
-            Arc::new(loader.vocabulary_matrix(TensorRole::Head)?)
+            Arc::new(loader.matrix(TensorRole::Head)?)
         };
         let bias = loader.vector_if(config.head_bias, TensorRole::HeadBias)?;
         Ok(Head {

@@ -15,7 +15,6 @@ mod embedding;
 mod head;
 mod linear;
 mod norm;
-mod pack;
 
 mod attention;
 mod attention_grouped;

@@ -1,12 +1,10 @@
-//! Reads the tensors outside the experts, packs them and counts the bytes.
+//! Reads the tensors outside the experts, packed or mapped, and counts the bytes.
 
-use std::ops::Range;
-
-use moerun_kernels::{PackError, PackedMatrix};
+use moerun_kernels::PackedMatrix;
 use moerun_types::{LayerId, ModelConfig, NumberFormat};
-use moerun_weights::{Checkpoint, LayerTensor, MatrixSource, MemoryNeed, TensorRole};
+use moerun_weights::{Checkpoint, LayerTensor, MemoryNeed, TensorRole};
 
-use crate::{ModelError, linear::Linear, pack};
+use crate::{ModelError, linear::Linear};
 
 /// A checkpoint being read, and how far that is.
 pub(crate) struct Loader<'a> {
@@ -34,23 +32,17 @@ impl<'a> Loader<'a> {
         self.checkpoint.config()
     }
 
-    /// A matrix `[out, in]` in the format of dense matrices.
+    /// A matrix `[out, in]`, in the format that its role has in this model.
     pub(crate) fn matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        self.matrix_as(self.format.for_dense(), role)
+        let [matrix] = <[_; 1]>::try_from(self.matrices(role)?).expect("a role that is one matrix");
+        Ok(matrix)
     }
 
-    /// The embedding or the head, `[vocab, hidden]`.
-    pub(crate) fn vocabulary_matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        self.matrix_as(self.format.for_vocabulary(), role)
-    }
-
-    /// A matrix `[out, in]` in a format of its own.
-    pub(crate) fn matrix_as(&mut self, format: NumberFormat, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        let source = self.checkpoint.matrix(role)?;
-        let packed =
-            pack::rows(format, &source, 0..source.rows()).map_err(|source| ModelError::Pack { role, source })?;
-        self.count(packed.bytes());
-        Ok(packed)
+    /// The matrices that a stored one is cut into, in their order.
+    fn matrices(&mut self, role: TensorRole) -> Result<Vec<PackedMatrix>, ModelError> {
+        let matrices = self.checkpoint.load_matrices(role, self.format)?;
+        self.count(matrices.iter().map(PackedMatrix::bytes).sum());
+        Ok(matrices)
     }
 
     /// A vector in f32.
@@ -96,20 +88,9 @@ impl<'a> LayerLoader<'_, 'a> {
         self.loader.matrix(TensorRole::Layer(self.layer, tensor))
     }
 
-    /// A matrix that is cut before it is packed.
-    pub(crate) fn cut_matrix(&mut self, tensor: LayerTensor) -> Result<CutMatrix<'_, 'a>, ModelError> {
-        let role = TensorRole::Layer(self.layer, tensor);
-        Ok(CutMatrix {
-            source: self.loader.checkpoint.matrix(role)?,
-            role,
-            loader: self.loader,
-        })
-    }
-
-    /// A matrix that stays f32 whatever the model's format: what decides between experts.
-    pub(crate) fn matrix_f32(&mut self, tensor: LayerTensor) -> Result<PackedMatrix, ModelError> {
-        self.loader
-            .matrix_as(NumberFormat::F32, TensorRole::Layer(self.layer, tensor))
+    /// The matrices that a stored one is cut into, in their order.
+    pub(crate) fn matrices(&mut self, tensor: LayerTensor) -> Result<Vec<PackedMatrix>, ModelError> {
+        self.loader.matrices(TensorRole::Layer(self.layer, tensor))
     }
 
     pub(crate) fn vector(&mut self, tensor: LayerTensor) -> Result<Vec<f32>, ModelError> {
@@ -125,33 +106,5 @@ impl<'a> LayerLoader<'_, 'a> {
         let weight = self.matrix(weight)?;
         let bias = bias.map(|bias| self.vector(bias)).transpose()?;
         Ok(Linear { weight, bias })
-    }
-}
-
-/// A stored matrix whose rows are packed in several parts, in the format of dense matrices.
-pub(crate) struct CutMatrix<'l, 'a> {
-    loader: &'l mut Loader<'a>,
-    role: TensorRole,
-    source: MatrixSource<'a>,
-}
-
-impl CutMatrix<'_, '_> {
-    /// Some of the rows: `[rows, cols]`.
-    pub(crate) fn rows(&mut self, rows: Range<usize>) -> Result<PackedMatrix, ModelError> {
-        let packed = pack::rows(self.loader.format.for_dense(), &self.source, rows);
-        self.counted(packed)
-    }
-
-    /// Some of the rows, transposed: `[cols, rows]`.
-    pub(crate) fn transposed(&mut self, rows: Range<usize>) -> Result<PackedMatrix, ModelError> {
-        let packed = pack::transposed(self.loader.format.for_dense(), &self.source, rows);
-        self.counted(packed)
-    }
-
-    fn counted(&mut self, packed: Result<PackedMatrix, PackError>) -> Result<PackedMatrix, ModelError> {
-        let role = self.role;
-        let packed = packed.map_err(|source| ModelError::Pack { role, source })?;
-        self.loader.count(packed.bytes());
-        Ok(packed)
     }
 }

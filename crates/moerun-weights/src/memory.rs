@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use moerun_kernels::PackedMatrix;
 use moerun_types::{AttentionConfig, BlockRange, ModelConfig, MoeConfig, NumberFormat, Numerics};
 
-use crate::{LayerTensor, TensorRole, dense_tensors::dense_tensors};
+use crate::{
+    dense_tensors::dense_tensors,
+    packed::{Part, dense_parts, expert_parts},
+};
 
 /// Bytes that a model's parts take in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +42,7 @@ impl MemoryNeed {
     pub fn of(config: &ModelConfig, format: NumberFormat) -> Self {
         let gateway_bytes = dense_tensors(config)
             .iter()
-            .map(|(role, shape)| dense_bytes(config, *role, shape, format))
+            .map(|(role, shape)| memory_bytes(dense_parts(config, *role, shape, format)))
             .sum();
         let expert_bytes = config
             .moe
@@ -65,6 +67,31 @@ impl MemoryNeed {
             };
             slice_bytes(config, moe, numerics.format, column(blocks.first)..column(blocks.end))
         })
+    }
+
+    /// Bytes of some blocks of one expert that a process takes of its own where packed weights are mapped: biases, and
+    /// for a part of an expert the columns that are cut out of down. Where the part does not begin and end between panels
+    /// of 16 rows, gate and up are cut too.
+    pub fn of_mapped_slice(config: &ModelConfig, numerics: &Numerics, blocks: BlockRange) -> u64 {
+        const PANEL: usize = 16;
+        let Some(moe) = &config.moe else { return 0 };
+        let column = |block: u16| {
+            usize::from(block)
+                .saturating_mul(numerics.combine_block)
+                .min(moe.intermediate)
+        };
+        let held = column(blocks.first)..column(blocks.end);
+        let is_whole = held == (0..moe.intermediate);
+        let between_panels =
+            held.start.is_multiple_of(PANEL) && (held.end.is_multiple_of(PANEL) || held.end == moe.intermediate);
+        let owned = |(index, part): (usize, Part)| match (part, index) {
+            (Part::Vector { .. }, _) => part.memory_bytes(),
+            (Part::Matrix { .. }, _) if is_whole => 0,
+            (Part::Matrix { .. }, 0 | 1) if between_panels => 0,
+            (Part::Matrix { .. }, _) => part.memory_bytes(),
+        };
+        let parts = expert_parts(config, moe, numerics.format, held.clone());
+        parts.into_iter().enumerate().map(owned).fold(0, u64::saturating_add)
     }
 }
 
@@ -91,36 +118,13 @@ fn elements(shape: &[usize]) -> u64 {
     shape.iter().map(|&dim| dim as u64).product()
 }
 
-fn dense_bytes(config: &ModelConfig, role: TensorRole, shape: &[usize], format: NumberFormat) -> u64 {
-    use LayerTensor::{CorrectionBias, KvBProj, Router, SharedExpertGate};
-    let packed = PackedMatrix::packed_bytes;
-    match (role, shape, &config.attention) {
-        (TensorRole::Layer(_, CorrectionBias), ..) => 4 * elements(shape),
-        (TensorRole::Layer(_, Router | SharedExpertGate), &[rows, cols], _) => packed(NumberFormat::F32, rows, cols),
-        (TensorRole::Embedding | TensorRole::Head, &[rows, cols], _) => packed(format.for_vocabulary(), rows, cols),
-        // Each head's key half is packed transposed, its value half as it is.
-        (TensorRole::Layer(_, KvBProj), _, AttentionConfig::Latent(latent)) => {
-            let (format, rank) = (format.for_dense(), latent.kv_lora_rank);
-            let head = packed(format, rank, latent.qk_nope_head_dim) + packed(format, latent.v_head_dim, rank);
-            head * latent.num_heads as u64
-        }
-        (_, &[rows, cols], _) => packed(format.for_dense(), rows, cols),
-        _ => 4 * elements(shape),
-    }
-}
-
 /// Bytes of one expert's matrices and biases that the columns `held` of its intermediate dimension take.
 fn slice_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat, held: Range<usize>) -> u64 {
-    let up = PackedMatrix::packed_bytes(format, held.len(), config.hidden);
-    let down = PackedMatrix::packed_bytes(format, config.hidden, held.len());
-    let gate_up_bias = if moe.gate_up_bias { 2 * held.len() as u64 } else { 0 };
-    // Owed by the holder of block 0.
-    let down_bias = if moe.down_bias && held.start == 0 {
-        config.hidden as u64
-    } else {
-        0
-    };
-    2 * up + down + 4 * (gate_up_bias + down_bias)
+    memory_bytes(expert_parts(config, moe, format, held))
+}
+
+fn memory_bytes(parts: Vec<Part>) -> u64 {
+    parts.into_iter().map(Part::memory_bytes).fold(0, u64::saturating_add)
 }
 
 fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {

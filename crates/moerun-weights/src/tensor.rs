@@ -1,5 +1,6 @@
 //! One tensor of a checkpoint, read row by row as f32.
 
+mod pack;
 mod row_blocks;
 
 use std::ops::Range;

@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use moerun_routing::ShardSpec;
 use moerun_types::{CombineMode, NumberFormat};
+use moerun_weights::Load;
 
 /// What a worker is told.
 #[derive(Debug, Clone)]
@@ -20,6 +21,8 @@ pub struct WorkerConfig {
     pub combine: CombineMode,
     /// Block of the exact combine; `None` = by the experts' width.
     pub combine_block: Option<usize>,
+    /// How packed weights come into memory.
+    pub load: Load,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed, of all gateways together; one more is answered `OVERLOADED`.
@@ -38,6 +41,7 @@ impl WorkerConfig {
             weights: None,
             combine: CombineMode::Exact,
             combine_block: None,
+            load: Load::default(),
             threads: moerun_process::available_threads(),
             max_queue: 256,
             drain_timeout: Duration::from_secs(30),

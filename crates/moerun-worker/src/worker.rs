@@ -59,7 +59,7 @@ impl Worker {
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
         };
-        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?;
+        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?.loading(config.load);
         let model = checkpoint.config();
         let Some(moe) = &model.moe else {
             return Err(WorkerError::DenseModel);
@@ -75,7 +75,8 @@ impl Worker {
         if slices.is_empty() {
             tracing::warn!("shard {} holds nothing of this model", config.shard);
         }
-        memory::check_fits(model, &slices, numerics)?;
+        checkpoint.check_format(numerics.format)?;
+        memory::check_fits(&checkpoint, &slices, numerics)?;
         let listening = Listening::start(options, shutdown)?;
 
         let mut hashing = LoadProgress::counting("expert hashes");

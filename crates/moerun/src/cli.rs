@@ -86,6 +86,8 @@ pub(crate) enum Command {
     Forward(ForwardArgs),
     /// Tell what a checkpoint is and what it needs
     Inspect(InspectArgs),
+    /// Pack a checkpoint in one number format, so that it is mapped at every start instead of being read and packed
+    Convert(ConvertArgs),
     /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
     Synthesize(SynthesizeArgs),
 }
@@ -253,6 +255,23 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
+/// `moerun convert`.
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// Checkpoint directory or GGUF file
+    #[arg(long, value_name = "DIR|FILE")]
+    pub(crate) model: PathBuf,
+
+    /// Format to pack in: f32, bf16, int8, int4 or mxfp4, as --weights of the serving commands; they run it in no other
+    /// [default: as most of the experts are stored]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) weights: Option<NumberFormat>,
+
+    /// Directory to write; must not exist
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
 /// `moerun synthesize`.
 #[derive(Debug, Args)]
 pub(crate) struct SynthesizeArgs {
@@ -282,7 +301,7 @@ pub(crate) struct SynthesizeArgs {
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// Type of the tensors: f32 or bf16
+    /// Plain tensors of f32 or bf16, or a packed checkpoint in int8, int4 or mxfp4
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) weights: NumberFormat,
 

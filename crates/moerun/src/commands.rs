@@ -1,11 +1,13 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
+mod convert;
 mod forward;
 mod gateway;
 mod generate;
 mod inspect;
 mod synthesize;
 mod worker;
+mod writing;
 
 use std::{
     io::{self, Write},
@@ -34,6 +36,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
+            Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
         });
     let exit = match outcome {

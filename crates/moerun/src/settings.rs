@@ -11,6 +11,7 @@ use figment::{
 };
 use moerun_process::LogFormat;
 use moerun_types::{CombineMode, NumberFormat};
+use moerun_weights::Load;
 use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
@@ -19,7 +20,7 @@ use crate::size::ByteSize;
 /// (`MOERUN_MAX_CONTEXT` for `--max-context`), then to the file given with `--config`, then to the default.
 #[derive(Debug, Clone, Default, Args, Serialize)]
 pub(crate) struct ServingFlags {
-    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json) or GGUF file
+    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json; also as convert writes it) or GGUF file
     #[arg(long, value_name = "DIR|FILE", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<PathBuf>,
@@ -31,6 +32,13 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "FORMAT", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<NumberFormat>,
+
+    /// How packed weights come into memory: map uses them where their files are mapped, so that nothing is read before it
+    /// is needed and a model may be larger than memory; copy reads them at once, onto huge pages where the kernel allows
+    /// [default: map]. Other weights are always copied
+    #[arg(long, value_name = "map|copy", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load: Option<Load>,
 
     /// How partial sums of experts are added: exact (same bits for any number of workers) or fast [default: exact]
     #[arg(long, value_name = "MODE", help_heading = "Model")]
@@ -175,6 +183,8 @@ pub(crate) struct Settings {
     pub(crate) model: Option<PathBuf>,
     /// How weights are held; `None` = the checkpoint's own type.
     pub(crate) weights: Option<NumberFormat>,
+    /// How packed weights come into memory.
+    pub(crate) load: Load,
     /// Exact or fast combine.
     pub(crate) combine: CombineMode,
     /// Block of the exact combine; `None` = by the experts' width.
@@ -218,6 +228,7 @@ impl Default for Settings {
         Settings {
             model: None,
             weights: None,
+            load: Load::default(),
             combine: CombineMode::Exact,
             combine_block: None,
             threads: None,
@@ -402,6 +413,7 @@ mod tests {
             ("prefix_cache = \"maybe\"", "prefix_cache"),
             ("speculate = 257", "speculate"),
             ("weights = \"f64\"", "weights"),
+            ("load = \"fast\"", "load"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),
             ("max_context = = 64", "line 1, column"),

@@ -76,7 +76,7 @@ impl Experts {
         } else {
             Needs::All
         };
-        let checkpoint = Arc::new(Checkpoint::open(dir, needs)?);
+        let checkpoint = Arc::new(Checkpoint::open(dir, needs)?.loading(settings.load));
         let config = checkpoint.config();
         let place = match place {
             Place::Local(_) if config.moe.is_none() => {
@@ -93,7 +93,14 @@ impl Experts {
         let numerics = numerics(settings, &checkpoint)?;
         let max_context = max_context(settings, config)?;
         let experts_on_this_machine = !matches!(place, Place::Remote(_));
-        let kv_memory_bytes = reckon_memory(settings, config, numerics.format, max_context, experts_on_this_machine)?;
+        checkpoint.check_format(numerics.format)?;
+        let weights = Weights {
+            need: MemoryNeed::of(config, numerics.format),
+            format: numerics.format,
+            experts_on_this_machine,
+            mapped: checkpoint.is_mapped(),
+        };
+        let kv_memory_bytes = reckon_memory(settings, weights, max_context, available_memory_bytes())?;
 
         let workers = match &place {
             Place::Local(count) => Some(start_workers(settings, dir, config, numerics, *count)?),
@@ -210,23 +217,35 @@ fn max_context(settings: &Settings, config: &ModelConfig) -> anyhow::Result<usiz
     }
 }
 
-/// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them.
+/// What is to be in memory beside keys and values.
+struct Weights {
+    need: MemoryNeed,
+    format: NumberFormat,
+    experts_on_this_machine: bool,
+    /// Whether they stay in mapped files, of which the kernel keeps in memory what is used.
+    mapped: bool,
+}
+
+/// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them. Mapped weights need not
+/// fit: they leave a quarter of the memory free.
 fn reckon_memory(
     settings: &Settings,
-    config: &ModelConfig,
-    format: NumberFormat,
+    weights: Weights,
     max_context: usize,
-    experts_on_this_machine: bool,
+    available: Option<u64>,
 ) -> anyhow::Result<u64> {
-    let need = MemoryNeed::of(config, format);
-    let experts = if experts_on_this_machine {
+    let need = weights.need;
+    let experts = if weights.experts_on_this_machine {
         need.all_experts_bytes
     } else {
         0
     };
-    let weights = need.gateway_bytes.saturating_add(experts);
-    let available = available_memory_bytes();
-    let free = available.map_or(u64::MAX, |available| available.saturating_sub(weights));
+    let all = need.gateway_bytes.saturating_add(experts);
+    let (resident, free) = match available {
+        None => (0, u64::MAX),
+        Some(available) if weights.mapped => (0, available.saturating_sub(all).max(available / 4)),
+        Some(available) => (all, available.saturating_sub(all)),
+    };
     let kv = match settings.kv_memory {
         Some(ByteSize(bytes)) => bytes,
         None => {
@@ -239,13 +258,19 @@ fn reckon_memory(
         }
     };
     match available {
-        Some(available) if weights.saturating_add(kv) > available => bail!(
-            "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {format} + {} for keys \
-             and values = {}, but {} are available",
+        Some(available) if weights.mapped && kv > available => bail!(
+            "keys and values do not fit in memory: wanted {}, but {} are available",
+            ByteSize(kv),
+            ByteSize(available),
+        ),
+        Some(available) if resident.saturating_add(kv) > available => bail!(
+            "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {} + {} for keys \
+             and values = {}, but {} are available; packed by moerun convert it would be mapped and need not fit",
             ByteSize(need.gateway_bytes),
             ByteSize(experts),
+            weights.format,
             ByteSize(kv),
-            ByteSize(weights.saturating_add(kv)),
+            ByteSize(resident.saturating_add(kv)),
             ByteSize(available),
         ),
         _ => Ok(kv),
@@ -296,6 +321,8 @@ fn start_workers(
             .with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
         "--weights",
         &numerics.format.to_string(),
+        "--load",
+        &settings.load.to_string(),
         "--combine",
         &numerics.combine.to_string(),
         "--combine-block",
@@ -320,4 +347,40 @@ fn start_workers(
         stop_grace: STOP_GRACE,
     };
     Ok(LocalWorkers::start(workers)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(mapped: bool) -> Weights {
+        Weights {
+            need: MemoryNeed {
+                gateway_bytes: 10_000,
+                expert_bytes: 1000,
+                all_experts_bytes: 90_000,
+                kv_bytes_per_token: 1,
+            },
+            format: NumberFormat::Int4,
+            experts_on_this_machine: true,
+            mapped,
+        }
+    }
+
+    #[test]
+    fn only_mapped_weights_may_be_larger_than_memory() {
+        let settings = Settings::default();
+        let reckon = |mapped, available| reckon_memory(&settings, weights(mapped), 4096, Some(available));
+        let error = reckon(false, 50_000).unwrap_err().to_string();
+        assert!(error.contains("97.7 KiB") && error.contains("48.8 KiB"), "{error}");
+        assert_eq!(reckon(true, 50_000).unwrap(), 50_000 / 16);
+        // What fits is reckoned alike.
+        assert_eq!(reckon(false, 140_000).unwrap(), 10_000);
+        assert_eq!(reckon(true, 140_000).unwrap(), 10_000);
+        let large = Settings {
+            kv_memory: Some(ByteSize(60_000)),
+            ..Settings::default()
+        };
+        assert!(reckon_memory(&large, weights(true), 4096, Some(50_000)).is_err());
+    }
 }

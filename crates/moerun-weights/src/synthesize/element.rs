@@ -2,8 +2,6 @@
 
 use moerun_types::NumberFormat;
 
-use super::SynthesizeError;
-
 /// Type of all tensors of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Element {
@@ -13,13 +11,11 @@ pub(super) enum Element {
 
 impl Element {
     /// The element of a plain format; blocks of codes are no elements.
-    pub(super) fn of(format: NumberFormat) -> Result<Self, SynthesizeError> {
+    pub(super) fn of(format: NumberFormat) -> Option<Self> {
         match format {
-            NumberFormat::F32 => Ok(Element::F32),
-            NumberFormat::Bf16 => Ok(Element::Bf16),
-            NumberFormat::Int8 | NumberFormat::Int4 | NumberFormat::Mxfp4 => {
-                Err(SynthesizeError::Format { found: format })
-            }
+            NumberFormat::F32 => Some(Element::F32),
+            NumberFormat::Bf16 => Some(Element::Bf16),
+            NumberFormat::Int8 | NumberFormat::Int4 | NumberFormat::Mxfp4 => None,
         }
     }
 

@@ -13,11 +13,11 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
+use crate::staging::{WriteError, stop_if_interrupted};
+
 use super::{
-    SynthesizeError,
     element::Element,
     random::{ELEMENTS_PER_NUMBER, TensorValues},
-    stop_if_interrupted,
 };
 
 /// Elements made at once by one thread: a few milliseconds of work.
@@ -138,19 +138,14 @@ fn header(tensors: &[PlannedTensor], dtype: Element) -> Vec<u8> {
 }
 
 /// Makes and writes one file, down to the disk.
-pub(super) fn write(path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), SynthesizeError> {
-    let mut file = File::create_new(path).map_err(SynthesizeError::io(path))?;
-    file.write_all(&plan.header).map_err(SynthesizeError::io(path))?;
+pub(super) fn write(path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), WriteError> {
+    let mut file = File::create_new(path).map_err(WriteError::io(path))?;
+    file.write_all(&plan.header).map_err(WriteError::io(path))?;
     write_data(file, path, plan, writing)
 }
 
 /// All threads make pieces while one writes those that are done.
-pub(super) fn write_data(
-    file: File,
-    path: &Path,
-    plan: &ShardPlan,
-    writing: &Writing<'_>,
-) -> Result<(), SynthesizeError> {
+pub(super) fn write_data(file: File, path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), WriteError> {
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let values: Vec<TensorValues> = plan
         .tensors
@@ -176,7 +171,7 @@ pub(super) fn write_data(
         }
         drop(sender);
         let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        outcome.and(written.map_err(SynthesizeError::io(path)))
+        outcome.and(written.map_err(WriteError::io(path)))
     })
 }
 

@@ -123,7 +123,10 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
     ));
     lines.push((
         "stored as".to_owned(),
-        format!("{} (default of --weights)", checkpoint.default_format()),
+        match checkpoint.packed_format() {
+            Some(packed) => format!("{packed}, packed: mapped as it is, and run in no other format"),
+            None => format!("{} (default of --weights)", checkpoint.default_format()),
+        },
     ));
     if !has_all_experts(checkpoint) {
         lines.push((

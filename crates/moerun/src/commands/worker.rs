@@ -24,6 +24,7 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         weights: settings.weights,
         combine: settings.combine,
         combine_block: settings.combine_block,
+        load: settings.load,
         threads: settings.threads.unwrap_or_else(available_threads),
         max_queue: settings.max_queue,
         ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)

@@ -8,10 +8,7 @@ use moerun_testkit::{Family, RawGguf, Storage, TinyCheckpoint};
 use moerun_types::{BlockRange, CombineMode, ExpertId, ExpertSlice, LayerId, NumberFormat, Numerics};
 use moerun_weights::{Checkpoint, LayerTensor, MatrixSource, MemoryNeed, Needs, TensorRole};
 
-use crate::{
-    ExpertBank, ModelError,
-    pack::{rows, transposed},
-};
+use crate::{ExpertBank, ModelError};
 
 /// Codes of `ggml_type`.
 const Q4_0: u32 = 2;
@@ -147,7 +144,9 @@ fn blocks_of_gguf_are_held_bit_for_bit() {
                 let source = checkpoint
                     .matrix(TensorRole::Layer(LayerId(0), tensor))
                     .expect("a matrix");
-                let packed = rows(format, &source, 0..source.rows()).expect("finite scales");
+                let packed = source
+                    .pack(format, 0..source.rows(), 0..source.cols())
+                    .expect("finite scales");
                 let what = format!("{family:?} {tensor:?} {format}");
                 assert_rows(&packed, &source, 0..source.rows(), 0..source.cols(), &what);
             }
@@ -177,7 +176,7 @@ fn blocks_of_another_format_are_dequantised_and_rounded() {
         .filter(|&format| format != NumberFormat::Int8)
     {
         let (packed, mut found, mut wanted) = (
-            rows(format, &source, 5..90).expect("finite values"),
+            source.pack(format, 5..90, 0..source.cols()).expect("finite values"),
             vec![0.0; source.cols()],
             vec![0.0; source.cols()],
         );
@@ -196,7 +195,9 @@ fn a_transposed_part_has_the_rounded_values_of_its_columns() {
     let source = checkpoint
         .matrix(TensorRole::Layer(LayerId(0), LayerTensor::QProj))
         .expect("a matrix");
-    let packed = transposed(NumberFormat::F32, &source, 16..48).expect("finite values");
+    let packed = source
+        .pack_transposed(NumberFormat::F32, 16..48)
+        .expect("finite values");
     assert_eq!((packed.rows(), packed.cols()), (64, 32));
     let (mut column, mut row) = (vec![0.0; 32], vec![0.0; 64]);
     for col in 0..64 {
