@@ -7,7 +7,7 @@ use moerun_proto::v1::{
     generate_request::Prompt, inference_service_client::InferenceServiceClient,
 };
 use moerun_testkit::copy_without_experts;
-use moerun_tests::{Golden, Server, golden_dir, moe_families, run_client};
+use moerun_tests::{Golden, Server, golden_dir, moe_families, run, run_client};
 use tempfile::TempDir;
 use tonic::Code;
 
@@ -272,4 +272,98 @@ fn is_running(pid: u32) -> bool {
     stat.rsplit_once(')')
         .and_then(|(_, rest)| rest.split_whitespace().next())
         .is_some_and(|state| state != "Z")
+}
+
+/// A worker on the socket `path`.
+fn worker_on(model: &Path, socket: &Path, extra: &[&str]) -> Server {
+    let listen = format!("unix:{}", path(socket));
+    Server::start(&[&["worker", "--model", path(model), "--listen", &listen][..], extra].concat())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_on_unix_sockets_give_the_same_tokens_and_take_their_sockets_with_them() {
+    let golden = Golden::read("qwen3_moe");
+    let folder = TempDir::new().expect("a temporary folder");
+    let sockets = [folder.path().join("a.sock"), folder.path().join("b.sock")];
+    let mut workers = [0, 1].map(|index| worker_on(&golden.dir, &sockets[index], &["--shard", &format!("{index}/2")]));
+    assert_eq!(workers[0].addr, format!("unix:{}", path(&sockets[0])));
+    for spin in ["on", "off"] {
+        let gateway = Server::start(&gateway_args(&golden.dir, &workers, &["--spin", spin]));
+        let found = generate(&gateway.addr, &golden.prompts()[0], 24)
+            .await
+            .expect("generated");
+        assert_eq!(found, golden.greedy()[0], "spin {spin}");
+    }
+    // A killed worker leaves its socket; the next one takes it over.
+    workers[0].kill();
+    assert!(sockets[0].exists());
+    workers[0] = worker_on(&golden.dir, &sockets[0], &["--shard", "0/2"]);
+    let gateway = Server::start(&gateway_args(&golden.dir, &workers, &[]));
+    let found = generate(&gateway.addr, &golden.prompts()[0], 24)
+        .await
+        .expect("generated");
+    assert_eq!(found, golden.greedy()[0]);
+    drop(gateway);
+    for worker in &mut workers {
+        worker.terminate();
+        assert_eq!(worker.wait(Duration::from_secs(10)), Some(0));
+    }
+    assert!(sockets.iter().all(|socket| !socket.exists()));
+}
+
+#[test]
+fn an_address_that_cannot_be_a_socket_is_refused_in_words() {
+    let golden = Golden::read("qwen3_moe");
+    let folder = TempDir::new().expect("a temporary folder");
+    let file = folder.path().join("file");
+    fs::write(&file, "precious").expect("written");
+    let long = folder.path().join("a".repeat(120));
+    let taken = folder.path().join("taken");
+    let _worker = worker_on(&golden.dir, &taken, &[]);
+    for (socket, words) in [
+        (&file, "wanted a socket or nothing at that path, found a file"),
+        (&long, "wanted a path of at most 107 bytes"),
+        (&taken, "another process listens on that socket"),
+    ] {
+        let listen = format!("unix:{}", path(socket));
+        let error = run(&["worker", "--model", path(&golden.dir), "--listen", &listen]).failed(1);
+        assert!(error.contains(words) && error.contains(path(socket)), "{error}");
+    }
+    assert_eq!(fs::read(&file).expect("still there"), b"precious");
+    let missing = format!("unix:{}", path(&long));
+    let error = run(&["gateway", "--model", path(&golden.dir), "--worker", &missing]).failed(1);
+    assert!(error.contains("wanted a path of at most"), "{error}");
+}
+
+#[test]
+fn started_workers_leave_no_socket_behind_however_their_parent_ends() {
+    let golden = Golden::read("qwen3_moe");
+    let folder = TempDir::new().expect("a temporary folder");
+    let runtime = ("XDG_RUNTIME_DIR", path(folder.path()));
+    let args = [
+        "serve",
+        "--model",
+        path(&golden.dir),
+        "--workers",
+        "2",
+        "--grpc-addr",
+        "127.0.0.1:0",
+    ];
+    let left = || fs::read_dir(folder.path()).expect("readable").count();
+    for kill in [false, true] {
+        let mut server = Server::start_with(&[runtime], &args);
+        assert_eq!(left(), 1, "one folder of sockets");
+        if kill {
+            server.kill();
+        } else {
+            server.terminate();
+            assert_eq!(server.wait(Duration::from_secs(10)), Some(0));
+            assert_eq!(left(), 0, "the parent removes the folder before it ends");
+        }
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while left() > 0 && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(left(), 0, "killed: {kill}");
+    }
 }

@@ -1,7 +1,9 @@
 //! End-to-end tests: real processes, real checkpoints, real clients.
 
+mod bench;
 mod cluster;
 mod command_line;
+mod formats;
 mod gguf;
 mod loading;
 mod malformed;

@@ -147,7 +147,13 @@ impl Server {
     /// Starts `moerun` with `args` and waits for its ready line.
     #[track_caller]
     pub fn start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Server {
-        match Server::try_start(args) {
+        Server::start_with(&[], args)
+    }
+
+    /// Starts `moerun` with `args` and more `variables` in its environment, and waits for its ready line.
+    #[track_caller]
+    pub fn start_with<S: AsRef<std::ffi::OsStr>>(variables: &[(&str, &str)], args: &[S]) -> Server {
+        match Server::await_ready(spawn(variables, args)) {
             Ok(server) => server,
             Err(finished) => panic!("no ready line, exit code {:?}: {}", finished.code, finished.stderr),
         }
@@ -155,7 +161,7 @@ impl Server {
 
     /// Starts `moerun` with `args` and waits for nothing: its address is not known.
     pub fn spawn<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Server {
-        let (child, stdin, _, stderr) = spawn(args);
+        let (child, stdin, _, stderr) = spawn(&[], args);
         Server {
             child,
             _stdin: stdin,
@@ -166,7 +172,10 @@ impl Server {
 
     /// Starts `moerun` with `args`; if it ends without a ready line, says what it left.
     pub fn try_start<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Result<Server, Finished> {
-        let (mut child, stdin, stdout, stderr) = spawn(args);
+        Server::await_ready(spawn(&[], args))
+    }
+
+    fn await_ready((mut child, stdin, stdout, stderr): Spawned) -> Result<Server, Finished> {
         let first = stdout.recv_timeout(COMMAND_TIMEOUT);
         match first.ok().as_deref().and_then(|line| line.strip_prefix("ready grpc=")) {
             Some(addr) => Ok(Server {
@@ -260,10 +269,13 @@ impl Drop for Server {
 
 type Lines = mpsc::Receiver<String>;
 
+type Spawned = (Child, ChildStdin, Lines, Lines);
+
 /// A process with its standard input, and the lines of its standard output and error.
-fn spawn<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> (Child, ChildStdin, Lines, Lines) {
+fn spawn<S: AsRef<std::ffi::OsStr>>(variables: &[(&str, &str)], args: &[S]) -> Spawned {
     let mut child = Command::new(moerun())
         .args(args)
+        .envs(variables.iter().copied())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

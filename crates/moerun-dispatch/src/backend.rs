@@ -22,6 +22,12 @@ pub struct ExpertRequest {
 pub trait ExpertBackend: Send + Sync + std::fmt::Debug {
     /// Hands the work over and returns at once (as far as the transport lets it).
     fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError>;
+
+    /// Whether the experts compute while the caller does something else, so that two requests under way by turns keep
+    /// both sides busy.
+    fn computes_elsewhere(&self) -> bool {
+        false
+    }
 }
 
 /// Work under way.

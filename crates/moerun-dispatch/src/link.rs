@@ -1,9 +1,6 @@
 //! The state of one worker's connection: up with its waiters, or down with a reason.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, mpsc::SyncSender},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use moerun_proto::v1;
 use parking_lot::Mutex;
@@ -27,7 +24,7 @@ pub(crate) struct Waiter {
     /// Which part of the dispatch it is.
     pub(crate) part: usize,
     /// Where the dispatch waits.
-    pub(crate) arrivals: SyncSender<Arrival>,
+    pub(crate) arrivals: mpsc::Sender<Arrival>,
 }
 
 impl Waiter {

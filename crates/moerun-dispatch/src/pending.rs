@@ -1,17 +1,16 @@
 //! A dispatch under way: its parts, and the sum of what has come back.
 
 use std::{
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use moerun_process::{DataPlane, spin_then_wait};
 use moerun_proto::{ExecuteFailure, decode_response};
 use moerun_routing::PartialSums;
 use moerun_types::{CombineMode, LayerId};
 use ndarray::Array2;
+use tokio::{sync::mpsc::Receiver, time::timeout};
 
 use crate::{
     DispatchError, PendingExperts,
@@ -50,6 +49,21 @@ pub(crate) struct PendingRemote {
     pub(crate) parts: Vec<Part>,
     /// Where answers come.
     pub(crate) arrivals: Receiver<Arrival>,
+    /// Moves the messages.
+    pub(crate) data_plane: Arc<DataPlane>,
+    /// Who drives it while the answers are waited for.
+    pub(crate) driver: Driver,
+    /// How long to look for an answer before sleeping.
+    pub(crate) patience: Duration,
+}
+
+/// Who writes and reads the sockets of a dispatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Driver {
+    /// The thread that dispatches: no other is woken. For messages that are written at once.
+    Caller,
+    /// The data plane's own thread, while the caller computes or adds up what has come.
+    DataPlane,
 }
 
 impl PendingExperts for PendingRemote {
@@ -80,17 +94,27 @@ impl PendingRemote {
         }
     }
 
-    fn next_arrival(&self) -> Result<Arrival, DispatchError> {
-        self.arrivals.recv_timeout(self.remaining()).map_err(|error| {
-            let late = self.parts.iter().position(|part| !part.answered).unwrap_or(0);
-            match error {
-                RecvTimeoutError::Timeout => self.deadline_exceeded(late),
-                RecvTimeoutError::Disconnected => DispatchError::WorkerGone {
-                    worker: self.worker(late),
-                    reason: "the connection was dropped".to_owned(),
-                },
+    fn next_arrival(&mut self) -> Result<Arrival, DispatchError> {
+        let (remaining, patience) = (self.remaining(), self.patience);
+        let arrivals = &mut self.arrivals;
+        let receiving = async { timeout(remaining, spin_then_wait(patience, arrivals.recv())).await };
+        let received = match self.driver {
+            Driver::Caller => self.data_plane.drive(receiving),
+            Driver::DataPlane => {
+                // Another dispatch may have been driven meanwhile.
+                self.data_plane.hand_back();
+                self.data_plane.handle().block_on(receiving)
             }
-        })
+        };
+        let late = || self.parts.iter().position(|part| !part.answered).unwrap_or(0);
+        match received {
+            Ok(Some(arrival)) => Ok(arrival),
+            Ok(None) => Err(DispatchError::WorkerGone {
+                worker: self.worker(late()),
+                reason: "the connection was dropped".to_owned(),
+            }),
+            Err(_) => Err(self.deadline_exceeded(late())),
+        }
     }
 
     /// The part that was answered and its partial sums, `[rows of the part, hidden]`.

@@ -2,28 +2,31 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, mpsc::sync_channel},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+
 use moerun_kernels::Activations;
-use moerun_process::DataPlane;
+use moerun_process::{DataPlane, spin_then_wait};
 use moerun_proto::{HeldExpert, MAX_EXECUTE_BYTES, encode_request, request_cost_bytes, v1};
 use moerun_routing::{Placement, WorkerBatch};
 use moerun_types::{ExpertSlice, LayerId, Numerics};
 use moerun_weights::Checkpoint;
 use tokio::{
     sync::mpsc::{self, error::TrySendError},
-    task::JoinSet,
+    task::{JoinSet, yield_now},
     time::{sleep, timeout},
 };
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Endpoint;
 
 use crate::{
     DispatchError, ExpertBackend, ExpertRequest, PendingExperts,
     admission::{Admission, check_agreement, check_unchanged},
-    link::{Connected, Link, Waiter},
-    pending::{Part, PendingRemote},
+    link::{Arrival, Connected, Link, Waiter},
+    pending::{Driver, Part, PendingRemote},
     session::{Session, SessionError, endpoint, open},
 };
 
@@ -33,15 +36,21 @@ const START_RETRY: Duration = Duration::from_millis(100);
 const FIRST_RECONNECT: Duration = Duration::from_millis(50);
 const LAST_RECONNECT: Duration = Duration::from_secs(1);
 
+/// Rows up to this many bytes, to all workers together, are written by the thread that dispatches. More would not fit the
+/// sockets' buffers at once.
+const MAX_CALLER_DRIVEN_BYTES: usize = 64 << 10;
+
 /// Which workers, and how long to wait for them.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
-    /// `host:port` of each.
+    /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
     /// How long workers may take to come up, loading included.
     pub startup_timeout: Duration,
     /// How long one dispatch may take, from submit to the last answer.
     pub dispatch_deadline: Duration,
+    /// How long to look for an answer before sleeping.
+    pub patience: Duration,
 }
 
 impl RemoteConfig {
@@ -51,6 +60,7 @@ impl RemoteConfig {
             workers,
             startup_timeout: Duration::from_secs(120),
             dispatch_deadline: Duration::from_secs(30),
+            patience: Duration::ZERO,
         }
     }
 }
@@ -77,8 +87,10 @@ pub struct RemoteExperts {
     placement: Placement,
     workers: Vec<Member>,
     dispatch_deadline: Duration,
-    // Last, so that it outlives nothing that uses it.
-    data_plane: DataPlane,
+    patience: Duration,
+    /// Ends the connections, and so tells whoever still waits on one.
+    _connections: DropGuard,
+    data_plane: Arc<DataPlane>,
 }
 
 #[derive(Debug)]
@@ -138,6 +150,7 @@ impl RemoteExperts {
         let placement = Placement::new(&model, admission.limits().num_blocks, &held)
             .map_err(|error| DispatchError::Placement(Arc::new(error)))?;
 
+        let end = CancellationToken::new();
         let mut workers = Vec::with_capacity(held.len());
         for (
             Candidate {
@@ -158,7 +171,9 @@ impl RemoteExperts {
                 announced,
                 Arc::clone(&admission),
             );
-            data_plane.handle().spawn(keeping);
+            data_plane
+                .handle()
+                .spawn(end.clone().run_until_cancelled_owned(keeping));
             workers.push(Member { link, held });
         }
         Ok(Self {
@@ -167,7 +182,9 @@ impl RemoteExperts {
             placement,
             workers,
             dispatch_deadline: config.dispatch_deadline,
-            data_plane,
+            patience: config.patience,
+            _connections: end.drop_guard(),
+            data_plane: Arc::new(data_plane),
         })
     }
 
@@ -197,6 +214,65 @@ impl RemoteExperts {
         parts.into_iter().map(|(_, part)| part).collect()
     }
 
+    /// Sends `bytes` to a worker, by its place in the order given, over the stream that experts are asked on, and returns
+    /// what comes back: what a round trip costs. Blocks for at most the dispatch deadline. Panics if there is no such worker.
+    pub fn echo(&self, worker: usize, bytes: Bytes) -> Result<Bytes, DispatchError> {
+        let link = &self.workers[worker].link;
+        let gone = |reason: String| DispatchError::WorkerGone {
+            worker: link.worker().to_owned(),
+            reason,
+        };
+        let (arrivals, mut arrived) = mpsc::channel(1);
+        let (request_id, requests) = link.register(Waiter { part: 0, arrivals }).map_err(gone)?;
+        let request = v1::ExecuteRequest {
+            request_id,
+            echo: bytes,
+            ..Default::default()
+        };
+        let (deadline, patience) = (self.dispatch_deadline, self.patience);
+        let asking = async {
+            // When the connection has just ended, the waiter has been told, or is being told, why.
+            let _ = requests.send(request).await;
+            spin_then_wait(patience, arrived.recv()).await
+        };
+        let answer = self.data_plane.drive(async { timeout(deadline, asking).await });
+        match answer {
+            Ok(Some(Arrival {
+                outcome: Ok(response), ..
+            })) => Ok(response.echo),
+            Ok(Some(Arrival {
+                outcome: Err(reason), ..
+            })) => Err(gone(reason)),
+            Ok(None) => Err(gone("the connection was dropped".to_owned())),
+            Err(_) => {
+                link.forget(request_id);
+                Err(gone(format!("no echo within {deadline:?}")))
+            }
+        }
+    }
+
+    /// Hands all requests to their connections, and waits, up to the deadline, only if a queue is full.
+    fn send_all(&self, pending: &PendingRemote, requests: Vec<Outgoing>) -> Result<(), DispatchError> {
+        if pending.driver == Driver::DataPlane {
+            self.data_plane.hand_back();
+            for (part, (queue, request)) in requests.into_iter().enumerate() {
+                self.send(pending, part, &queue, request)?;
+            }
+            return Ok(());
+        }
+        self.data_plane.drive(async {
+            for (part, (queue, request)) in requests.into_iter().enumerate() {
+                if timeout(pending.remaining(), queue.send(request)).await.is_err() {
+                    return Err(pending.deadline_exceeded(part));
+                }
+            }
+            // Two turns of the runtime: the streams take the messages, the connections write them.
+            yield_now().await;
+            yield_now().await;
+            Ok(())
+        })
+    }
+
     /// Hands a request to the connection; waits, up to the deadline, only if its queue is full.
     fn send(
         &self,
@@ -219,6 +295,10 @@ impl RemoteExperts {
 }
 
 impl ExpertBackend for RemoteExperts {
+    fn computes_elsewhere(&self) -> bool {
+        true
+    }
+
     fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError> {
         let begun = Instant::now();
         let ExpertRequest {
@@ -230,7 +310,10 @@ impl ExpertBackend for RemoteExperts {
             return Err(DispatchError::NotMoe { layer });
         }
         let batches = self.cut(&activations, self.placement.plan_layer(layer, &routing));
-        let (arrive, arrivals) = sync_channel(batches.len());
+        let row_bytes = activations.format().row_bytes(activations.cols());
+        let sent_bytes: usize = batches.iter().map(|batch| batch.rows.len() * row_bytes).sum();
+        // At least one place: a dispatch without rows has no parts.
+        let (arrive, arrivals) = mpsc::channel(batches.len().max(1));
         let mut pending = PendingRemote {
             layer,
             tokens: activations.rows(),
@@ -240,7 +323,15 @@ impl ExpertBackend for RemoteExperts {
             deadline: self.dispatch_deadline,
             parts: Vec::with_capacity(batches.len()),
             arrivals,
+            data_plane: Arc::clone(&self.data_plane),
+            driver: if sent_bytes <= MAX_CALLER_DRIVEN_BYTES {
+                Driver::Caller
+            } else {
+                Driver::DataPlane
+            },
+            patience: self.patience,
         };
+        let mut outgoing = Vec::with_capacity(batches.len());
         for (index, batch) in batches.into_iter().enumerate() {
             let link = &self.workers[batch.worker].link;
             let (request_id, requests) = link
@@ -258,11 +349,15 @@ impl ExpertBackend for RemoteExperts {
                 rows,
                 answered: false,
             });
-            self.send(&pending, index, &requests, request)?;
+            outgoing.push((requests, request));
         }
+        self.send_all(&pending, outgoing)?;
         Ok(Box::new(pending))
     }
 }
+
+/// A request and the queue of its connection.
+type Outgoing = (mpsc::Sender<v1::ExecuteRequest>, v1::ExecuteRequest);
 
 fn worker_down(link: &Link, layer: LayerId, reason: String) -> DispatchError {
     DispatchError::WorkerDown {

@@ -2,6 +2,7 @@
 
 use std::{error::Error, sync::Arc, time::Duration};
 
+use moerun_process::Address;
 use moerun_proto::{
     CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION,
     STREAM_WINDOW_BYTES, WorkerIdentity,
@@ -43,22 +44,20 @@ pub(crate) enum SessionError {
     Refused(DispatchError),
 }
 
-/// Parses `host:port` and sets what every connection to a worker has.
+/// Parses `host:port` or `unix:/path` and sets what every connection to a worker has.
 pub(crate) fn endpoint(worker: &str) -> Result<Endpoint, DispatchError> {
-    let address = |reason: String| DispatchError::Address {
+    let refused = |reason: String| DispatchError::Address {
         worker: worker.to_owned(),
         reason,
     };
-    let port = worker
-        .rsplit_once(':')
-        .and_then(|(host, port)| (!host.is_empty()).then_some(port));
-    if port
-        .and_then(|port| port.parse::<u16>().ok())
-        .is_none_or(|port| port == 0)
-    {
-        return Err(address("wanted host:port with a port above 0".to_owned()));
-    }
-    let endpoint = Endpoint::from_shared(format!("http://{worker}")).map_err(|error| address(error.to_string()))?;
+    let uri = match Address::parse(worker).map_err(refused)? {
+        Address::Tcp(address) if address.ends_with(":0") => {
+            return Err(refused("wanted a port above 0".to_owned()));
+        }
+        Address::Tcp(address) => format!("http://{address}"),
+        unix @ Address::Unix(_) => unix.to_string(),
+    };
+    let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(error.to_string()))?;
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -192,8 +191,13 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_host_and_port() {
-        for good in ["127.0.0.1:50061", "worker-0.workers:50061", "[::1]:50061"] {
+    fn addresses_are_host_and_port_or_a_socket() {
+        for good in [
+            "127.0.0.1:50061",
+            "worker-0.workers:50061",
+            "[::1]:50061",
+            "unix:/run/a",
+        ] {
             endpoint(good).unwrap();
         }
         for bad in [
@@ -204,6 +208,7 @@ mod tests {
             "host:70000",
             "host:x",
             "a b:1",
+            "unix:",
         ] {
             let error = endpoint(bad).unwrap_err();
             assert!(

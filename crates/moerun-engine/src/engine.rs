@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use moerun_dispatch::ExpertBackend;
 use moerun_kernels::CpuPool;
 use moerun_model::{KvCache, Model};
-use moerun_types::RopeScaling;
+use moerun_types::{KvFormat, RopeScaling};
 
 use crate::EngineError;
 use crate::engine_thread::EngineThread;
@@ -21,6 +21,9 @@ use crate::step::Compute;
 pub struct EngineConfig {
     /// Most bytes of keys and values; at least one page.
     pub kv_memory_bytes: u64,
+    /// How keys and values are held. A query reads them as they are held, so it changes bits, but the same ones however
+    /// a prompt is cut.
+    pub kv_format: KvFormat,
     /// Longest sequence, prompt and output together; at least 2.
     pub max_context: usize,
     /// Most rows in one forward pass, prefill and decode together; at least 1. About three quarters of it is also the
@@ -93,7 +96,7 @@ impl Engine {
                 _ => None,
             },
         });
-        let kv = KvCache::new(model.config(), limits.num_pages as usize);
+        let kv = KvCache::new(model.config(), config.kv_format, limits.num_pages as usize);
         let (commands, receiver) = sync_channel(limits.max_queue + CONTROL_PLACES);
         let shared = Arc::new(Shared::new(limits));
         let compute = Compute { model, experts, pool };

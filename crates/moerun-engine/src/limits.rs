@@ -50,7 +50,11 @@ fn require(holds: bool, field: &'static str, wanted: &str, found: impl Display) 
 impl Limits {
     /// Checks the configuration against the model.
     pub(crate) fn new(model: &Model, config: &EngineConfig) -> Result<Self, EngineError> {
-        Self::from_parts(model.config(), KvCache::page_bytes(model.config()), config)
+        Self::from_parts(
+            model.config(),
+            KvCache::page_bytes(model.config(), config.kv_format),
+            config,
+        )
     }
 
     fn from_parts(model: &ModelConfig, page_bytes: usize, config: &EngineConfig) -> Result<Self, EngineError> {

@@ -16,7 +16,9 @@ pub use error::GatewayError;
 pub use gateway::{Gateway, GatewayParts, LogitRows, ServedModel};
 pub use generation::Generation;
 pub use request::{Finish, Prompt, SamplingOverrides, TextEvent, TextRequest, TokenLogprob};
-pub use text::{ChatMessage, Checked, Detokenizer, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, TextCodec};
+pub use text::{
+    ChatMessage, Checked, Detokenizer, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, TextCodec, gguf_text_files,
+};
 
 pub use moerun_engine::FinishReason;
 

@@ -1,12 +1,13 @@
-//! Activations as a kernel eats them: rounded once to the number format of the weights they will meet.
+//! Activations as a kernel eats them: rounded once, to what the weights they will meet ask for.
 
-use moerun_types::NumberFormat;
+use moerun_types::{ActivationFormat, QUANTIZED_BLOCK};
 use ndarray::{Array2, ArrayView2};
 
 use crate::{
     Isa,
     bf16::{from_bf16, to_bf16},
     isa::Kernel,
+    quantize::quantize_activations,
     simd::Simd,
 };
 
@@ -31,32 +32,50 @@ pub enum Activations {
         /// `[rows, cols]`, bfloat16 bits.
         data: Vec<u16>,
     },
+    /// Rounded in blocks of 32 along the row: codes in -127..=127 and the scale max|x| / 127. A block with a value that
+    /// is not finite has the scale NaN.
+    Int8 {
+        /// Number of rows.
+        rows: usize,
+        /// Length of a row.
+        cols: usize,
+        /// `[rows, blocks][32]`, zeroes behind the last column.
+        codes: Vec<[i8; QUANTIZED_BLOCK]>,
+        /// `[rows, blocks]`.
+        scales: Vec<f32>,
+    },
 }
 
 /// Bytes that cannot be activations.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("activations of {rows} x {cols} in {format} take {wanted} bytes, found {found}")]
 #[allow(missing_docs)]
-pub struct ActivationsError {
-    pub rows: usize,
-    pub cols: usize,
-    pub format: NumberFormat,
-    pub wanted: usize,
-    pub found: usize,
+pub enum ActivationsError {
+    /// The length does not fit.
+    #[error("activations of {rows} x {cols} in {format} take {wanted} bytes, found {found}")]
+    Length {
+        rows: usize,
+        cols: usize,
+        format: ActivationFormat,
+        wanted: usize,
+        found: usize,
+    },
+    /// A code that no rounding gives.
+    #[error("the 8-bit code of row {row}, column {col} is -128: wanted -127 to 127")]
+    Code { row: usize, col: usize },
 }
 
 impl Activations {
     /// Rounds `x`, `[rows, cols]`, to `format`. A NaN stays a NaN.
-    pub fn round(format: NumberFormat, x: ArrayView2<'_, f32>) -> Self {
+    pub fn round(format: ActivationFormat, x: ArrayView2<'_, f32>) -> Self {
         let (rows, cols) = x.dim();
         match format {
-            NumberFormat::F32 => {
+            ActivationFormat::F32 => {
                 let data = x
                     .as_slice()
                     .map_or_else(|| x.iter().copied().collect(), <[f32]>::to_vec);
                 Activations::F32 { rows, cols, data }
             }
-            NumberFormat::Bf16 => {
+            ActivationFormat::Bf16 => {
                 let mut data = vec![0; rows * cols];
                 match x.as_slice() {
                     Some(x) => Isa::current().dispatch(RoundBf16 { x, out: &mut data }),
@@ -64,28 +83,47 @@ impl Activations {
                 }
                 Activations::Bf16 { rows, cols, data }
             }
+            ActivationFormat::Int8 => {
+                let blocks = cols.div_ceil(QUANTIZED_BLOCK);
+                let mut codes = vec![[0; QUANTIZED_BLOCK]; rows * blocks];
+                let mut scales = vec![0.0; rows * blocks];
+                let x = x.as_standard_layout();
+                Isa::current().dispatch(RoundInt8 {
+                    x: x.as_slice().expect("standard layout"),
+                    cols,
+                    codes: &mut codes,
+                    scales: &mut scales,
+                });
+                Activations::Int8 {
+                    rows,
+                    cols,
+                    codes,
+                    scales,
+                }
+            }
         }
     }
 
     /// Number of rows.
     pub fn rows(&self) -> usize {
         match self {
-            Activations::F32 { rows, .. } | Activations::Bf16 { rows, .. } => *rows,
+            Activations::F32 { rows, .. } | Activations::Bf16 { rows, .. } | Activations::Int8 { rows, .. } => *rows,
         }
     }
 
     /// Length of a row.
     pub fn cols(&self) -> usize {
         match self {
-            Activations::F32 { cols, .. } | Activations::Bf16 { cols, .. } => *cols,
+            Activations::F32 { cols, .. } | Activations::Bf16 { cols, .. } | Activations::Int8 { cols, .. } => *cols,
         }
     }
 
     /// The format the rows are rounded to.
-    pub fn format(&self) -> NumberFormat {
+    pub fn format(&self) -> ActivationFormat {
         match self {
-            Activations::F32 { .. } => NumberFormat::F32,
-            Activations::Bf16 { .. } => NumberFormat::Bf16,
+            Activations::F32 { .. } => ActivationFormat::F32,
+            Activations::Bf16 { .. } => ActivationFormat::Bf16,
+            Activations::Int8 { .. } => ActivationFormat::Int8,
         }
     }
 
@@ -102,12 +140,24 @@ impl Activations {
                 cols: *cols,
                 data: select(data, *cols, rows),
             },
+            Activations::Int8 {
+                cols, codes, scales, ..
+            } => {
+                let blocks = cols.div_ceil(QUANTIZED_BLOCK);
+                Activations::Int8 {
+                    rows: rows.len(),
+                    cols: *cols,
+                    codes: select(codes, blocks, rows),
+                    scales: select(scales, blocks, rows),
+                }
+            }
         }
     }
 
-    /// Appends the rows named by `rows` to `out`, little-endian: what goes on the wire. Panics if one is out of range.
+    /// Appends the rows named by `rows` to `out`, little-endian: what goes on the wire. A row of 8-bit codes is its
+    /// `cols` codes, then its scales as f32. Panics if one is out of range.
     pub fn append_rows_le(&self, rows: &[u32], out: &mut Vec<u8>) {
-        out.reserve(rows.len() * self.cols() * self.format().bytes());
+        out.reserve(rows.len() * self.format().row_bytes(self.cols()));
         for &row in rows {
             match self {
                 Activations::F32 { cols, data, .. } => {
@@ -126,6 +176,14 @@ impl Activations {
                         out.extend(row.iter().flat_map(|bits| bits.to_le_bytes()));
                     }
                 }
+                Activations::Int8 {
+                    cols, codes, scales, ..
+                } => {
+                    let blocks = cols.div_ceil(QUANTIZED_BLOCK);
+                    let codes = row_of(codes, blocks, row).as_flattened();
+                    out.extend_from_slice(bytemuck::cast_slice(&codes[..*cols]));
+                    out.extend(row_of(scales, blocks, row).iter().flat_map(|scale| scale.to_le_bytes()));
+                }
             }
         }
     }
@@ -133,14 +191,14 @@ impl Activations {
     /// Reads `[rows, cols]` from little-endian bytes of any alignment. A length that does not fit is an error; a size
     /// beyond the address space is reported as wanting `usize::MAX` bytes.
     pub fn from_le_bytes(
-        format: NumberFormat,
+        format: ActivationFormat,
         rows: usize,
         cols: usize,
         bytes: &[u8],
     ) -> Result<Self, ActivationsError> {
-        let wanted = rows.saturating_mul(cols).saturating_mul(format.bytes());
+        let wanted = rows.saturating_mul(format.row_bytes(cols));
         if wanted != bytes.len() {
-            return Err(ActivationsError {
+            return Err(ActivationsError::Length {
                 rows,
                 cols,
                 format,
@@ -149,7 +207,7 @@ impl Activations {
             });
         }
         Ok(match format {
-            NumberFormat::F32 => {
+            ActivationFormat::F32 => {
                 let data = bytes
                     .as_chunks()
                     .0
@@ -158,7 +216,7 @@ impl Activations {
                     .collect();
                 Activations::F32 { rows, cols, data }
             }
-            NumberFormat::Bf16 => {
+            ActivationFormat::Bf16 => {
                 let data = bytes
                     .as_chunks()
                     .0
@@ -166,6 +224,27 @@ impl Activations {
                     .map(|&bits| u16::from_le_bytes(bits))
                     .collect();
                 Activations::Bf16 { rows, cols, data }
+            }
+            ActivationFormat::Int8 => {
+                let blocks = cols.div_ceil(QUANTIZED_BLOCK);
+                let mut codes = vec![[0; QUANTIZED_BLOCK]; rows * blocks];
+                let mut scales = Vec::with_capacity(rows * blocks);
+                for row in 0..rows {
+                    let bytes = &bytes[row * format.row_bytes(cols)..][..format.row_bytes(cols)];
+                    let (row_codes, row_scales) = bytes.split_at(cols);
+                    let row_codes: &[i8] = bytemuck::cast_slice(row_codes);
+                    if let Some(col) = row_codes.iter().position(|&code| code == -128) {
+                        return Err(ActivationsError::Code { row, col });
+                    }
+                    codes[row * blocks..(row + 1) * blocks].as_flattened_mut()[..cols].copy_from_slice(row_codes);
+                    scales.extend(row_scales.as_chunks().0.iter().map(|&scale| f32::from_le_bytes(scale)));
+                }
+                Activations::Int8 {
+                    rows,
+                    cols,
+                    codes,
+                    scales,
+                }
             }
         })
     }
@@ -175,8 +254,48 @@ impl Activations {
         let values = match self {
             Activations::F32 { data, .. } => data.clone(),
             Activations::Bf16 { data, .. } => data.iter().map(|&bits| from_bf16(bits)).collect(),
+            Activations::Int8 {
+                cols, codes, scales, ..
+            } => {
+                let blocks = cols.div_ceil(QUANTIZED_BLOCK).max(1);
+                let rows = codes.chunks(blocks).zip(scales.chunks(blocks));
+                rows.flat_map(|(codes, scales)| {
+                    let values = codes.as_flattened()[..*cols].iter().enumerate();
+                    values.map(|(col, &code)| f32::from(code) * scales[col / QUANTIZED_BLOCK])
+                })
+                .collect()
+            }
         };
         Array2::from_shape_vec((self.rows(), self.cols()), values).expect("data is rows x cols")
+    }
+}
+
+struct RoundInt8<'a> {
+    x: &'a [f32],
+    cols: usize,
+    codes: &'a mut [[i8; QUANTIZED_BLOCK]],
+    scales: &'a mut [f32],
+}
+
+impl Kernel for RoundInt8<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let blocks = self
+            .x
+            .chunks(self.cols.max(1))
+            .flat_map(|row| row.chunks(QUANTIZED_BLOCK));
+        for ((values, codes), scale) in blocks.zip(self.codes).zip(self.scales) {
+            *scale = match values.as_array() {
+                Some(values) => quantize_activations(values, codes),
+                None => {
+                    let mut padded = [0.0; QUANTIZED_BLOCK];
+                    padded[..values.len()].copy_from_slice(values);
+                    quantize_activations(&padded, codes)
+                }
+            };
+        }
     }
 }
 
@@ -222,10 +341,10 @@ mod tests {
     fn rounding_is_to_the_nearest_bfloat16_whatever_the_layout_of_the_input() {
         let x = sample();
         let expected = x.mapv(|value| half::bf16::from_f32(value).to_f32());
-        assert_eq!(Activations::round(NumberFormat::Bf16, x.view()).to_f32(), expected);
-        assert_eq!(Activations::round(NumberFormat::Bf16, x.t()).to_f32(), expected.t());
+        assert_eq!(Activations::round(ActivationFormat::Bf16, x.view()).to_f32(), expected);
+        assert_eq!(Activations::round(ActivationFormat::Bf16, x.t()).to_f32(), expected.t());
         assert_eq!(
-            Activations::round(NumberFormat::F32, x.slice(s![..;2, 1..])).to_f32(),
+            Activations::round(ActivationFormat::F32, x.slice(s![..;2, 1..])).to_f32(),
             x.slice(s![..;2, 1..])
         );
     }
@@ -233,12 +352,12 @@ mod tests {
     #[test]
     fn a_nan_stays_a_nan() {
         let x = Array2::from_elem((1, 1), f32::from_bits(0x7f80_0001));
-        assert!(Activations::round(NumberFormat::Bf16, x.view()).to_f32()[[0, 0]].is_nan());
+        assert!(Activations::round(ActivationFormat::Bf16, x.view()).to_f32()[[0, 0]].is_nan());
     }
 
     #[test]
     fn rows_survive_the_wire_at_any_alignment() {
-        for format in [NumberFormat::F32, NumberFormat::Bf16] {
+        for format in [ActivationFormat::F32, ActivationFormat::Bf16, ActivationFormat::Int8] {
             let x = Activations::round(format, sample().view());
             for offset in 0..4 {
                 let mut bytes = vec![0xee; offset];
@@ -251,13 +370,20 @@ mod tests {
 
     #[test]
     fn a_wrong_length_is_refused_with_both_numbers() {
-        let error = Activations::from_le_bytes(NumberFormat::Bf16, 2, 3, &[0; 13]).expect_err("13 bytes are not 12");
+        let error =
+            Activations::from_le_bytes(ActivationFormat::Bf16, 2, 3, &[0; 13]).expect_err("13 bytes are not 12");
         assert_eq!(
             error.to_string(),
             "activations of 2 x 3 in bf16 take 12 bytes, found 13"
         );
-        let huge = Activations::from_le_bytes(NumberFormat::F32, usize::MAX, 2, &[]).expect_err("too large");
-        assert_eq!(huge.wanted, usize::MAX);
-        assert!(Activations::from_le_bytes(NumberFormat::F32, 0, 9, &[]).is_ok());
+        let huge = Activations::from_le_bytes(ActivationFormat::F32, usize::MAX, 2, &[]).expect_err("too large");
+        assert!(matches!(huge, ActivationsError::Length { wanted: usize::MAX, .. }));
+        let mut bytes = vec![1; 2 * (33 + 8)];
+        bytes[41 + 32] = 0x80;
+        assert_eq!(
+            Activations::from_le_bytes(ActivationFormat::Int8, 2, 33, &bytes),
+            Err(ActivationsError::Code { row: 1, col: 32 })
+        );
+        assert!(Activations::from_le_bytes(ActivationFormat::F32, 0, 9, &[]).is_ok());
     }
 }

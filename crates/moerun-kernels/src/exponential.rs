@@ -1,9 +1,12 @@
 //! exp, erf and what is made of them: one polynomial each, the same operations on every instruction set.
 //!
-//! All are plain f32 functions of one value, written without a branch so that a loop over them becomes vector code.
+//! All are plain f32 functions of one value, written without a branch so that a loop over them becomes vector code;
+//! [`exp_lanes`] is [`exp`] where the lanes are in registers already.
+
+use crate::simd::Simd;
 
 /// `1.5 * 2^23`: adding it leaves the nearest integer in the low bits of the sum.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// ln 2 as an f32 and what is left of it.
 const LN_2_HIGH: f32 = std::f32::consts::LN_2;
@@ -31,12 +34,39 @@ pub(crate) fn exp(x: f32) -> f32 {
     let q = q.mul_add(r, 0.5);
     let q = q.mul_add(r, 1.0);
     let exp_r = q.mul_add(r, 1.0);
-    // Two factors, because 2^128 alone is not finite while its product with exp_r < 1 may be.
-    let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = n >> 1;
-    let result = exp_r * power_of_two(half) * power_of_two(n.wrapping_sub(half));
+    let factors = power_factors(shifted);
+    let result = exp_r * factors[0] * factors[1];
     let result = if x > EXP_MAX { f32::INFINITY } else { result };
     if x < EXP_MIN { 0.0 } else { result }
+}
+
+/// [`exp`] of sixteen lanes: the same operations, so the same bits.
+#[inline(always)]
+pub(crate) fn exp_lanes<S: Simd>(simd: S, x: S::F32s) -> S::F32s {
+    let fused = |a, b, c: f32| simd.mul_add(a, b, simd.splat(c));
+    let shifted = fused(x, simd.splat(LOG2_E), ROUND);
+    let n = simd.sub(shifted, simd.splat(ROUND));
+    let r = simd.mul_add(n, simd.splat(-LN_2_HIGH), x);
+    let r = simd.mul_add(n, simd.splat(-LN_2_LOW), r);
+    let q = fused(simd.splat(1.392_692_7e-3), r, 8.363_774e-3);
+    let q = fused(q, r, 4.166_655e-2);
+    let q = fused(q, r, 1.666_657_3e-1);
+    let q = fused(q, r, 0.5);
+    let q = fused(q, r, 1.0);
+    let exp_r = fused(q, r, 1.0);
+    let factors = simd.power_factors(shifted);
+    let result = simd.mul(simd.mul(exp_r, factors[0]), factors[1]);
+    let result = simd.if_greater(x, simd.splat(EXP_MAX), simd.splat(f32::INFINITY), result);
+    simd.if_greater(simd.splat(EXP_MIN), x, simd.splat(0.0), result)
+}
+
+/// Two factors of 2^n, where `shifted` is [`ROUND`] + n: 2^128 alone is not finite while its product with a number
+/// below 1 may be.
+#[inline(always)]
+pub(crate) fn power_factors(shifted: f32) -> [f32; 2] {
+    let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let half = n >> 1;
+    [power_of_two(half), power_of_two(n.wrapping_sub(half))]
 }
 
 /// 2^n, -126 ≤ n ≤ 127.
@@ -102,6 +132,7 @@ pub(crate) fn gelu_tanh(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Isa, isa::Kernel, lines::LANES};
 
     /// Distance from the true value in units of the last place of an f32 of that size.
     fn error_in_ulp(found: f32, truth: f64) -> f64 {
@@ -205,5 +236,50 @@ mod tests {
             (200.0, 200.0, 200.0, 1.0)
         );
         assert_eq!(gelu_tanh(1e20), 1e20);
+    }
+
+    #[test]
+    fn sixteen_lanes_have_the_bits_of_one_on_every_isa() {
+        struct Lanes<'a>(&'a [[f32; LANES]]);
+        impl Kernel for Lanes<'_> {
+            type Output = Vec<[f32; LANES]>;
+            #[inline(always)]
+            fn run<S: Simd>(self, simd: S) -> Self::Output {
+                self.0
+                    .iter()
+                    .map(|x| simd.store(exp_lanes(simd, simd.load(x))))
+                    .collect()
+            }
+        }
+        let special = [
+            0.0,
+            -0.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            EXP_MAX,
+            EXP_MIN,
+            EXP_MAX.next_up(),
+            EXP_MIN.next_down(),
+            1e30,
+            -1e30,
+            0.5,
+            -0.5,
+            88.0,
+            -87.0,
+            1e-30,
+        ];
+        let mut x = vec![special];
+        x.extend((0..20_000).map(|row| std::array::from_fn(|lane| (row * 16 + lane) as f32 * 6e-4 - 100.0)));
+        for isa in Isa::all_available() {
+            let found = isa.dispatch(Lanes(&x));
+            for (&x, found) in x.as_flattened().iter().zip(found.as_flattened()) {
+                let wanted = exp(x);
+                assert!(
+                    found.to_bits() == wanted.to_bits() || found.is_nan() && wanted.is_nan(),
+                    "{isa}: {found}, not exp({x}) = {wanted}"
+                );
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@ mod tests;
 
 use std::ops::Range;
 
-use moerun_types::Activation;
+use moerun_types::{Activation, NumberFormat};
 use ndarray::ArrayViewMut2;
 
 use self::intermediate::{Wanted, intermediates};
@@ -223,7 +223,14 @@ impl Grouped<'_> {
     /// Asserts that everything fits together; the hidden size, or `None` if there is nothing to do.
     fn check(&self, sums: usize) -> Option<usize> {
         assert!(self.combine_block > 0, "a combine block of no columns");
-        let hidden = self.groups.first()?.weights.down_proj.rows();
+        let down_proj = &self.groups.first()?.weights.down_proj;
+        assert!(
+            self.combine_block.is_multiple_of(down_proj.format().column_unit()),
+            "a combine block of {} columns cuts through {} weights",
+            self.combine_block,
+            down_proj.format()
+        );
+        let hidden = down_proj.rows();
         assert_eq!(sums, self.x.rows() * hidden, "length of the sums");
         for group in self.groups {
             group.weights.check(self.x);
@@ -288,6 +295,11 @@ impl Group<'_> {
 }
 
 impl FeedForward {
+    /// Number format of the weights.
+    pub fn format(&self) -> NumberFormat {
+        self.down_proj.format()
+    }
+
     /// Columns of the intermediate dimension held.
     fn intermediate(&self) -> usize {
         self.down_proj.cols()
@@ -306,15 +318,19 @@ impl FeedForward {
                 "shape of the {name} projection"
             );
             assert_eq!(
-                projection.format(),
+                projection.format().activations(),
                 x.format(),
-                "format of the {name} projection and of the activations"
+                "activations for the {name} projection"
             );
             assert!(
                 bias.as_ref().is_none_or(|bias| bias.len() == shape.0),
                 "length of the {name} bias"
             );
         }
+        assert!(
+            self.gate_proj.format() == self.down_proj.format() && self.up_proj.format() == self.down_proj.format(),
+            "one format for all three projections"
+        );
         let hidden = self.down_proj.rows();
         assert!(
             self.down_bias.as_ref().is_none_or(|bias| bias.len() == hidden),

@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use moerun_types::NumberFormat;
+
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{Portable, Simd};
@@ -14,9 +16,9 @@ const VARIABLE: &str = "MOERUN_ISA";
 pub enum Isa {
     /// No instruction beyond the target's baseline.
     Portable,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, VL, DQ.
+    /// AVX-512 F, BW, VL, DQ, BF16 and VNNI (AMD since Zen 4, Intel since Sapphire Rapids).
     Avx512,
 }
 
@@ -91,7 +93,9 @@ impl Isa {
         match self {
             Isa::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -99,6 +103,8 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => false,
@@ -114,16 +120,37 @@ impl Isa {
             .collect()
     }
 
-    /// Rows of a product that are computed together, largest first, down to one: as many as the registers hold.
-    pub(crate) fn tile_rows(self) -> &'static [usize] {
+    /// Rows of a product with weights of `format` that are computed together, largest first, down to one: as many as
+    /// the registers hold.
+    pub(crate) fn tile_rows(self, format: NumberFormat) -> &'static [usize] {
+        fn of<S: Simd>(format: NumberFormat) -> &'static [usize] {
+            if format.is_quantized() {
+                S::BLOCK_TILE_ROWS
+            } else {
+                S::TILE_ROWS
+            }
+        }
         match self {
-            Isa::Portable => Portable::TILE_ROWS,
+            Isa::Portable => of::<Portable>(format),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => Avx2::TILE_ROWS,
+            Isa::Avx2 => of::<Avx2>(format),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::TILE_ROWS,
+            Isa::Avx512 => of::<Avx512>(format),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => Portable::TILE_ROWS,
+            Isa::Avx2 | Isa::Avx512 => of::<Portable>(format),
+        }
+    }
+
+    /// [`Simd::I8_BIAS`] of this variant.
+    pub(crate) fn i8_bias(self) -> i32 {
+        match self {
+            Isa::Portable => Portable::I8_BIAS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::I8_BIAS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::I8_BIAS,
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => Portable::I8_BIAS,
         }
     }
 
@@ -134,7 +161,7 @@ impl Isa {
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         assert!(self.is_available(), "{self} kernels cannot run on this processor");
         match self {
-            Isa::Portable => kernel.run(Portable),
+            Isa::Portable => run_portable(kernel),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the features were just seen to be available.
             Isa::Avx2 => unsafe { run_avx2(kernel) },
@@ -167,16 +194,23 @@ pub(crate) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+#[inline(never)]
+pub(crate) fn run_portable<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Portable)
+}
+
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function can run only where these features exist.
     kernel.run(unsafe { Avx2::assume_available() })
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")]
+pub(crate) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function can run only where these features exist.
     kernel.run(unsafe { Avx512::assume_available() })
 }

@@ -10,6 +10,8 @@
 //! the caller's own thread: a thread that calls them should call [`flush_denormals`] once when it starts.
 
 mod activations;
+#[allow(unsafe_code)] // calls the allocator's own settings
+mod allocator;
 mod attention;
 mod bf16;
 #[allow(unsafe_code)] // reads and writes the floating-point control register
@@ -26,18 +28,23 @@ mod kv_pages;
 mod lines;
 mod norm;
 mod packed;
+#[allow(unsafe_code)] // unchecked indexing in the inner loop
+mod panels;
 #[allow(unsafe_code)] // lends a borrowed task to the pool's threads
 mod pool;
+#[allow(unsafe_code)] // SIMD intrinsics
+mod probe;
+mod quantize;
 mod rotary;
 mod row_products;
 #[allow(unsafe_code)] // SIMD intrinsics
 mod simd;
 #[cfg(test)]
 mod test_data;
-#[allow(unsafe_code)] // unchecked indexing in the inner loop
 mod tile;
 
 pub use activations::{Activations, ActivationsError};
+pub use allocator::keep_freed_memory;
 pub use attention::{AttentionRow, paged_attention};
 pub use denormals::flush_denormals;
 pub use elementwise::{sigmoid, softmax};
@@ -45,8 +52,10 @@ pub use feed_forward::{
     DenseFeedForward, ExactTermError, FeedForward, Group, dense_feed_forward, grouped_exact, grouped_fast,
 };
 pub use isa::{Isa, IsaError};
-pub use kv_pages::{KV_PAGE_TOKENS, KvPages};
+pub use kv_pages::{KV_PAGE_TOKENS, KvPages, KvShape, KvValues};
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
-pub use packed::PackedMatrix;
+pub use packed::{MappedError, PackError, PackedMatrix, QuantizedRow};
 pub use pool::CpuPool;
+pub use probe::{Multiply, ProbeMemory, multiply_peak, read_bandwidth};
+pub use quantize::BlockError;
 pub use rotary::RotaryTable;

@@ -10,7 +10,7 @@ use crate::{
     isa::Kernel,
     lines::LANES,
     simd::Simd,
-    tile::{Products, Sink},
+    tile::{Products, SegmentSums, Sink},
 };
 
 /// Products and where they go: one output row per row of `x`, as wide as the matrix has rows.
@@ -149,21 +149,23 @@ struct F32Sink<'a> {
 
 impl Sink for F32Sink<'_> {
     #[inline(always)]
-    fn put(&mut self, _segment: usize, row: usize, panel: usize, sums: &[f32; LANES]) {
+    fn put<S: Simd>(&mut self, _simd: S, row: usize, panel: usize, sums: SegmentSums<'_>) {
         let start = self.part.out_row(row) * self.width;
         let cols = panel * LANES..self.width.min((panel + 1) * LANES);
         // SAFETY: a stripe's columns are written by one task, which does not keep this part.
         #[allow(unsafe_code)]
         let out = unsafe { self.out.part(start + cols.start..start + cols.end) };
-        match self.store {
-            Store::Replace => out
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(out, &sum)| *out = self.part.term(row, sum)),
-            Store::Add => out
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(out, &sum)| *out += self.part.term(row, sum)),
+        for sums in sums.iter() {
+            match self.store {
+                Store::Replace => out
+                    .iter_mut()
+                    .zip(sums)
+                    .for_each(|(out, &sum)| *out = self.part.term(row, sum)),
+                Store::Add => out
+                    .iter_mut()
+                    .zip(sums)
+                    .for_each(|(out, &sum)| *out += self.part.term(row, sum)),
+            }
         }
     }
 }
@@ -266,7 +268,7 @@ impl Kernel for ExactStripe<'_> {
                         let bias = &bias[panel * LANES..width.min((panel + 1) * LANES)];
                         let mut values = [0.0; LANES];
                         values[..bias.len()].copy_from_slice(bias);
-                        sink.add(None, row, panel, &values);
+                        sink.add(simd, None, row, panel, SegmentSums::one(&values));
                     }
                 }
             }
@@ -290,114 +292,77 @@ struct ExactSink<'a> {
 
 impl Sink for ExactSink<'_> {
     #[inline(always)]
-    fn put(&mut self, segment: usize, row: usize, panel: usize, sums: &[f32; LANES]) {
-        self.add(Some(segment), row, panel, sums);
+    fn put<S: Simd>(&mut self, simd: S, row: usize, panel: usize, sums: SegmentSums<'_>) {
+        self.add(simd, Some(sums.first), row, panel, sums);
     }
 }
 
 impl ExactSink<'_> {
+    /// Adds the terms of `values`, of the segments from `segment` on, or of the bias.
+    ///
+    /// A term is `value * factor`; that times 2^40 is `value * (factor * 2^40)` to the bit, since a power of two moves
+    /// no rounding (what it lifts out of the denormals is below 2^-41, which is 0 either way).
     #[inline(always)]
-    fn add(&mut self, segment: Option<usize>, row: usize, panel: usize, values: &[f32; LANES]) {
-        let mut terms = *values;
-        if let Some(factors) = self.part.factors {
-            let factor = factors[row];
-            for term in &mut terms {
-                *term *= factor;
-            }
-        }
+    fn add<S: Simd>(&mut self, simd: S, segment: Option<usize>, row: usize, panel: usize, values: SegmentSums<'_>) {
+        const SCALE: f32 = (1_u64 << COMBINE_FRACTION_BITS) as f32;
+        let factor = self.part.factors.map_or(1.0, |factors| factors[row]);
+        let (scaled_factor, scaled_limit) = (simd.splat(factor * SCALE), simd.splat(self.limit * SCALE));
         let cols = panel * LANES..self.width.min((panel + 1) * LANES);
-        // Lanes beyond the last column are products with the padding, and not looked at.
-        let terms = &terms[..cols.len()];
         let start = self.part.out_row(row) * self.width;
         // SAFETY: a stripe's columns are written by one task, which does not keep this part.
         #[allow(unsafe_code)]
         let sums = unsafe { self.sums.part(start + cols.start..start + cols.end) };
-        let in_range = match (sums.as_mut_array::<LANES>(), terms.as_array::<LANES>()) {
-            // The same with a length that the compiler knows.
-            (Some(sums), Some(terms)) => add_terms(sums, terms, self.limit),
-            _ => add_terms(sums, terms, self.limit),
-        };
+        let mut in_range = true;
+        let mut added = simd.zero_i64();
+        match sums.as_mut_array::<LANES>() {
+            Some(sums) => {
+                for values in values.iter() {
+                    let terms = simd.mul(simd.load(values), scaled_factor);
+                    in_range &= simd.all_below(terms, scaled_limit);
+                    added = simd.add_rounded(added, terms);
+                }
+                if in_range {
+                    simd.add_to(added, sums);
+                }
+            }
+            None => {
+                for values in values.iter() {
+                    // Lanes beyond the last column are products with the padding, and not looked at.
+                    let mut kept = [0.0; LANES];
+                    kept[..cols.len()].copy_from_slice(&values[..cols.len()]);
+                    let terms = simd.mul(simd.load(&kept), scaled_factor);
+                    in_range &= simd.all_below(terms, scaled_limit);
+                    added = simd.add_rounded(added, terms);
+                }
+                if in_range {
+                    let mut padded = [0; LANES];
+                    padded[..cols.len()].copy_from_slice(sums);
+                    simd.add_to(added, &mut padded);
+                    sums.copy_from_slice(&padded[..cols.len()]);
+                }
+            }
+        }
         if !in_range {
-            self.fail(segment, row, cols.start, terms);
+            self.fail(segment, row, cols, values);
         }
     }
 
     #[cold]
-    fn fail(&mut self, segment: Option<usize>, row: usize, first_col: usize, terms: &[f32]) {
-        for (lane, &term) in terms.iter().enumerate() {
-            if term.is_nan() || term.abs() >= self.limit {
-                let failure = TermFailure {
-                    part: self.part_index,
-                    segment,
-                    row,
-                    col: first_col + lane,
-                    term,
-                };
-                TermFailure::keep_lower(&mut self.failure, failure);
+    fn fail(&mut self, first_segment: Option<usize>, row: usize, cols: Range<usize>, values: SegmentSums<'_>) {
+        for (index, values) in values.iter().enumerate() {
+            for (col, &value) in cols.clone().zip(values) {
+                let term = self.part.term(row, value);
+                if term.is_nan() || term.abs() >= self.limit {
+                    let failure = TermFailure {
+                        part: self.part_index,
+                        segment: first_segment.map(|first| first + index),
+                        row,
+                        col,
+                        term,
+                    };
+                    TermFailure::keep_lower(&mut self.failure, failure);
+                }
             }
         }
-    }
-}
-
-/// Adds each term to its sum if all of them are below `limit` in magnitude; whether they are.
-#[inline(always)]
-fn add_terms(sums: &mut [i64], terms: &[f32], limit: f32) -> bool {
-    let mut in_range = true;
-    for term in terms {
-        in_range &= term.abs() < limit;
-    }
-    if in_range {
-        for (sum, &term) in sums.iter_mut().zip(terms) {
-            *sum = sum.wrapping_add(to_fixed(term));
-        }
-    }
-    in_range
-}
-
-/// `term * 2^40` to the nearest integer, ties to even, for `|term| < 2^23`.
-///
-/// In two halves, because not every instruction set converts f64 to i64: the multiple of 2^32 nearest to the product,
-/// and the rest, which is exact and at most 2^31. Adding 1.5 * 2^52 to an f64 leaves the nearest integer, ties to
-/// even, in its low bits; the multiple of 2^32 is even, so the tie goes the same way as that of the whole.
-#[inline(always)]
-fn to_fixed(term: f32) -> i64 {
-    const ROUND: f64 = 6_755_399_441_055_744.0;
-    const TWO_32: f64 = (1_u64 << 32) as f64;
-    const UPPER_SCALE: f64 = (1_u64 << COMBINE_FRACTION_BITS) as f64 / TWO_32;
-    let term = f64::from(term);
-    let upper_shifted = term * UPPER_SCALE + ROUND;
-    let upper = upper_shifted - ROUND;
-    let lower_shifted = (term * (UPPER_SCALE * TWO_32) - upper * TWO_32) + ROUND;
-    let upper = (upper_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
-    let lower = (lower_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
-    (upper << 32).wrapping_add(lower)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::test_data::Rng;
-
-    #[test]
-    fn fixed_point_is_the_nearest_integer_with_ties_to_even() {
-        let wanted = |term: f32| (f64::from(term) * (1_u64 << 40) as f64).round_ties_even() as i64;
-        let two_minus_41 = 2.0_f32.powi(-41);
-        let mut rng = Rng::new(1);
-        let special = [
-            0.0,
-            two_minus_41,
-            3.0 * two_minus_41,
-            5.0 * two_minus_41,
-            2.0_f32.powi(-8),
-            1.0,
-        ];
-        let largest = MAX_TERM_LIMIT.next_down();
-        let scaled = (0..200_000).map(|_| rng.value() * 2.0_f32.powi(rng.below(75) as i32 - 52));
-        for term in scaled.chain(special).chain([largest, 0.5 * largest]) {
-            for term in [term, -term] {
-                assert_eq!(to_fixed(term), wanted(term), "{term:e}");
-            }
-        }
-        assert_eq!((to_fixed(two_minus_41), to_fixed(3.0 * two_minus_41)), (0, 2));
     }
 }

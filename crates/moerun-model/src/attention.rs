@@ -43,12 +43,14 @@ impl Attention {
     }
 }
 
-/// Writes the keys and values of every row to its place in the cache.
-pub(crate) fn store(kv: &mut KvPages, rows: &[StepRow<'_>], keys: &Array2<f32>, values: &Array2<f32>) {
-    for ((row, keys), values) in rows.iter().zip(keys.rows()).zip(values.rows()) {
+/// Writes the keys and values of every row to its place in the cache; there are none where values are the start of
+/// their keys.
+pub(crate) fn store(kv: &mut KvPages, rows: &[StepRow<'_>], keys: &Array2<f32>, values: Option<&Array2<f32>>) {
+    for (index, row) in rows.iter().enumerate() {
         let page = row.sequence.pages[row.position / KV_PAGE_TOKENS];
-        let keys = keys.to_slice().expect("keys are row-major");
-        let values = values.to_slice().expect("values are row-major");
+        let row_of = |matrix: &Array2<f32>| index * matrix.ncols()..(index + 1) * matrix.ncols();
+        let keys = &elements(keys)[row_of(keys)];
+        let values = values.map_or(&[][..], |values| &elements(values)[row_of(values)]);
         kv.write(page, row.position % KV_PAGE_TOKENS, keys, values);
     }
 }

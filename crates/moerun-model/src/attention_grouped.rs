@@ -71,7 +71,7 @@ impl GroupedQueryAttention {
             rows,
             kv,
         } = context;
-        let format = self.q_proj.weight.format();
+        let format = self.q_proj.weight.format().activations();
         let x = Activations::round(format, x.view());
         let mut queries = self.q_proj.forward(pool, &x); // [tokens, num_heads * head_dim]
         let mut keys = self.k_proj.forward(pool, &x); // [tokens, num_kv_heads * head_dim]
@@ -92,7 +92,7 @@ impl GroupedQueryAttention {
             })
             .collect();
         parallel::for_each(pool, parts, |part| self.prepare(layer, rope, part));
-        store(kv, rows, &keys, &values);
+        store(kv, rows, &keys, Some(&values));
 
         let mut attended = Array2::zeros(queries.raw_dim()); // [tokens, num_heads * head_dim]
         paged_attention(

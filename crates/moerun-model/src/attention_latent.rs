@@ -2,7 +2,7 @@
 //!
 //! Keys and values of all heads are linear in one latent vector per token, so the cache holds the latent (and the one
 //! rotary key) alone: a head's query goes through the key half of `kv_b` before it meets the latents, and the weighted
-//! sum of latents goes through the value half after. Prefill does the same as decode, so that a prompt gives the same
+//! sum of latents goes through the value half after. The latent is held once, as the start of its key. Prefill does the same as decode, so that a prompt gives the same
 //! bits however it is cut into chunks.
 
 use moerun_kernels::{Activations, CpuPool, PackedMatrix, paged_attention};
@@ -77,7 +77,7 @@ impl MultiHeadLatentAttention {
             queries,
             kv_a_proj: loader.linear(LayerTensor::KvAProj, bias(LayerTensor::KvABias))?,
             kv_a_norm: Norm::rms(loader.vector(LayerTensor::KvANorm)?, LATENT_NORM_EPSILON),
-            heads: load_heads(loader, shape)?,
+            heads: load_heads(loader)?,
             o_proj: loader.linear(LayerTensor::OProj, bias(LayerTensor::OBias))?,
             shape: shape.clone(),
         })
@@ -85,15 +85,15 @@ impl MultiHeadLatentAttention {
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
     pub(crate) fn forward(&self, context: AttentionContext<'_>, x: &Array2<f32>) -> Array2<f32> {
-        let format = self.o_proj.weight.format();
+        let format = self.o_proj.weight.format().activations();
         let x = Activations::round(format, x.view());
 
-        let (keys, latents) = self.keys_and_latents(&context, &x);
+        let keys = self.keys(&context, &x);
         let queries = self.absorbed_queries(&context, &x);
         let AttentionContext {
             pool, layer, rows, kv, ..
         } = context;
-        store(kv, rows, &keys, &latents);
+        store(kv, rows, &keys, None);
 
         let mut attended = Array2::zeros((rows.len(), self.shape.num_heads * self.shape.kv_lora_rank));
         paged_attention(
@@ -110,9 +110,8 @@ impl MultiHeadLatentAttention {
         self.o_proj.forward(pool, &Activations::round(format, values.view()))
     }
 
-    /// The one key of each row, `[tokens, kv_lora_rank + rope]`: its latent and the rotary key; and the latent,
-    /// `[tokens, kv_lora_rank]`, which is also its value.
-    fn keys_and_latents(&self, context: &AttentionContext<'_>, x: &Activations) -> (Array2<f32>, Array2<f32>) {
+    /// The one key of each row, `[tokens, kv_lora_rank + rope]`: its latent, which is also its value, and the rotary key.
+    fn keys(&self, context: &AttentionContext<'_>, x: &Activations) -> Array2<f32> {
         let rank = self.shape.kv_lora_rank;
         let mut keys = self.kv_a_proj.forward(context.pool, x);
         let latents = self
@@ -120,7 +119,7 @@ impl MultiHeadLatentAttention {
             .forward_parallel(context.pool, &keys.slice(s![.., ..rank]).to_owned());
         keys.slice_mut(s![.., ..rank]).assign(&latents);
         self.rotate(context, keys.slice_mut(s![.., rank..]));
-        (keys, latents)
+        keys
     }
 
     /// Queries as the cached keys want them, `[tokens, num_heads * (kv_lora_rank + rope)]`.
@@ -186,7 +185,10 @@ impl QueryProjection {
             QueryProjection::Plain(linear) => linear.forward(pool, x),
             QueryProjection::LowRank { down, norm, up } => {
                 let latent = norm.forward_parallel(pool, &down.forward(pool, x));
-                up.forward(pool, &Activations::round(up.weight.format(), latent.view()))
+                up.forward(
+                    pool,
+                    &Activations::round(up.weight.format().activations(), latent.view()),
+                )
             }
         }
     }
@@ -195,32 +197,22 @@ impl QueryProjection {
 /// `x · Wᵀ`, `[tokens, in]` → `[tokens, out]`; called from inside a task, where the pool runs it serially.
 fn project(pool: &CpuPool, weight: &PackedMatrix, x: ArrayView2<'_, f32>) -> Array2<f32> {
     let mut out = Array2::zeros((x.nrows(), weight.rows()));
-    weight.matmul(pool, &Activations::round(weight.format(), x), out.view_mut());
+    weight.matmul(
+        pool,
+        &Activations::round(weight.format().activations(), x),
+        out.view_mut(),
+    );
     out
 }
 
-/// Cuts `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, into its heads.
-fn load_heads(loader: &mut LayerLoader<'_, '_>, shape: &LatentAttention) -> Result<Vec<Head>, ModelError> {
-    let LatentAttention {
-        kv_lora_rank: rank,
-        qk_nope_head_dim: nope,
-        v_head_dim: value_dim,
-        ..
-    } = *shape;
-    let format = loader.format();
-    let kv_b = loader.unpacked_matrix(LayerTensor::KvBProj)?;
-    let heads = kv_b.chunks_exact((nope + value_dim) * rank).map(|head| {
-        let (keys, values) = head.split_at(nope * rank);
-        Head {
-            absorb_query: PackedMatrix::pack(format, rank, nope, |latent, row| {
-                row.iter_mut()
-                    .enumerate()
-                    .for_each(|(index, weight)| *weight = keys[index * rank + latent]);
-            }),
-            value: PackedMatrix::pack(format, value_dim, rank, |index, row| {
-                row.copy_from_slice(&values[index * rank..][..rank]);
-            }),
-        }
-    });
-    Ok(heads.collect())
+/// The heads of `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, each loaded as its two halves.
+fn load_heads(loader: &mut LayerLoader<'_, '_>) -> Result<Vec<Head>, ModelError> {
+    let mut halves = loader.matrices(LayerTensor::KvBProj)?.into_iter();
+    let next_head = || {
+        Some(Head {
+            absorb_query: halves.next()?,
+            value: halves.next()?,
+        })
+    };
+    Ok(std::iter::from_fn(next_head).collect())
 }

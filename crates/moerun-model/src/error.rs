@@ -6,7 +6,7 @@ use moerun_types::LayerId;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The checkpoint lacks something or does not fit the config.
+    /// The checkpoint lacks something, does not fit the config or has a value that the number format cannot hold.
     #[error(transparent)]
     Weights(#[from] moerun_weights::WeightsError),
     /// A slice of an expert that was asked for is not in the model.

@@ -37,7 +37,7 @@ impl ExpertBank {
     ///
     /// Experts are read and packed on all cores; `progress(done_bytes, total_bytes)`, counted as held in memory, is
     /// called on the caller's thread as they come. Errors: a slice that the model does not have, an expert that the
-    /// checkpoint does not have.
+    /// checkpoint does not have, a value that the number format cannot hold.
     pub fn load(
         checkpoint: &Checkpoint,
         slices: &[ExpertSlice],

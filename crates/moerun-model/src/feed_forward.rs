@@ -1,7 +1,7 @@
 //! Feed-forwards that every token takes: of dense layers, and the shared experts of MoE layers.
 
 use moerun_kernels::{Activations, CpuPool, FeedForward, PackedMatrix, dense_feed_forward, sigmoid};
-use moerun_types::{NumberFormat, SharedExpertConfig};
+use moerun_types::{ActivationFormat, SharedExpertConfig};
 use moerun_weights::LayerTensor;
 use ndarray::Array2;
 
@@ -23,7 +23,7 @@ pub(crate) fn load_dense(loader: &mut LayerLoader<'_, '_>) -> Result<FeedForward
 
 /// `[tokens, hidden]` → `[tokens, hidden]`.
 pub(crate) fn run(pool: &CpuPool, weights: &FeedForward, x: &Array2<f32>) -> Array2<f32> {
-    let rounded = Activations::round(weights.gate_proj.format(), x.view());
+    let rounded = Activations::round(weights.gate_proj.format().activations(), x.view());
     let mut out = Array2::zeros(x.raw_dim());
     dense_feed_forward(pool, weights, &rounded, out.view_mut());
     out
@@ -50,7 +50,7 @@ impl SharedExperts {
         };
         let gate = shared
             .sigmoid_gate
-            .then(|| loader.matrix_f32(LayerTensor::SharedExpertGate))
+            .then(|| loader.matrix(LayerTensor::SharedExpertGate))
             .transpose()?;
         Ok(SharedExperts { weights, gate })
     }
@@ -62,7 +62,7 @@ impl SharedExperts {
             let mut logits = Array2::zeros((x.nrows(), 1));
             gate.matmul(
                 pool,
-                &Activations::round(NumberFormat::F32, x.view()),
+                &Activations::round(ActivationFormat::F32, x.view()),
                 logits.view_mut(),
             );
             for (mut row, &logit) in out.rows_mut().into_iter().zip(&logits) {

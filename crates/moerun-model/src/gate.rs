@@ -2,7 +2,7 @@
 
 use moerun_kernels::{Activations, CpuPool};
 use moerun_routing::{GateError, Routing, select_experts};
-use moerun_types::{GateConfig, MoeConfig, NumberFormat};
+use moerun_types::{ActivationFormat, GateConfig, MoeConfig};
 use moerun_weights::LayerTensor;
 use ndarray::Array2;
 
@@ -21,7 +21,7 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) fn load(loader: &mut LayerLoader<'_, '_>, moe: &MoeConfig) -> Result<Self, ModelError> {
-        let weight = loader.matrix_f32(LayerTensor::Router)?;
+        let weight = loader.matrix(LayerTensor::Router)?;
         let bias = loader.vector_if(moe.gate.router_bias, LayerTensor::RouterBias)?;
         let correction_bias = loader.vector_if(moe.gate.correction_bias, LayerTensor::CorrectionBias)?;
         Ok(Gate {
@@ -36,7 +36,7 @@ impl Gate {
     pub(crate) fn forward(&self, pool: &CpuPool, x: &Array2<f32>) -> Result<(Array2<f32>, Routing), GateError> {
         let router_logits = self
             .router
-            .forward(pool, &Activations::round(NumberFormat::F32, x.view()));
+            .forward(pool, &Activations::round(ActivationFormat::F32, x.view()));
         let correction_bias = self.correction_bias.as_deref();
         let routing = select_experts(router_logits.view(), &self.config, self.top_k, correction_bias)?;
         Ok((router_logits, routing))

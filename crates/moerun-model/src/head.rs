@@ -37,7 +37,7 @@ impl Head {
 
     /// `[rows, hidden]` → `[rows, vocab]`.
     pub(crate) fn forward(&self, pool: &CpuPool, normed: &Array2<f32>) -> Array2<f32> {
-        let x = Activations::round(self.weight.format(), normed.view());
+        let x = Activations::round(self.weight.format().activations(), normed.view());
         let mut logits = Array2::zeros((normed.nrows(), self.weight.rows()));
         self.weight.matmul(pool, &x, logits.view_mut());
         if let Some(bias) = &self.bias {

@@ -1,4 +1,4 @@
-//! Reads the tensors outside the experts, packs them and counts the bytes.
+//! Reads the tensors outside the experts, packed or mapped, and counts the bytes.
 
 use moerun_kernels::PackedMatrix;
 use moerun_types::{LayerId, ModelConfig, NumberFormat};
@@ -9,6 +9,7 @@ use crate::{ModelError, linear::Linear};
 /// A checkpoint being read, and how far that is.
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    /// Of the experts that the model is run with.
     format: NumberFormat,
     progress: &'a mut dyn FnMut(u64, u64),
     done_bytes: u64,
@@ -31,34 +32,17 @@ impl<'a> Loader<'a> {
         self.checkpoint.config()
     }
 
-    pub(crate) fn format(&self) -> NumberFormat {
-        self.format
-    }
-
-    /// A matrix `[out, in]` in the model's format.
+    /// A matrix `[out, in]`, in the format that its role has in this model.
     pub(crate) fn matrix(&mut self, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        self.matrix_as(self.format, role)
+        let [matrix] = <[_; 1]>::try_from(self.matrices(role)?).expect("a role that is one matrix");
+        Ok(matrix)
     }
 
-    /// A matrix `[out, in]` in a format of its own.
-    pub(crate) fn matrix_as(&mut self, format: NumberFormat, role: TensorRole) -> Result<PackedMatrix, ModelError> {
-        let source = self.checkpoint.matrix(role)?;
-        let packed = PackedMatrix::pack(format, source.rows(), source.cols(), |row, out| {
-            source.read_row(row, out)
-        });
-        self.count(packed.rows() * packed.cols() * format.bytes());
-        Ok(packed)
-    }
-
-    /// A matrix `[out, in]` unpacked, row-major, for those that are cut before they are packed.
-    pub(crate) fn unpacked_matrix(&mut self, role: TensorRole) -> Result<Vec<f32>, ModelError> {
-        let source = self.checkpoint.matrix(role)?;
-        let mut values = vec![0.0; source.rows() * source.cols()];
-        for (row, out) in values.chunks_exact_mut(source.cols()).enumerate() {
-            source.read_row(row, out);
-        }
-        self.count(values.len() * self.format.bytes());
-        Ok(values)
+    /// The matrices that a stored one is cut into, in their order.
+    fn matrices(&mut self, role: TensorRole) -> Result<Vec<PackedMatrix>, ModelError> {
+        let matrices = self.checkpoint.load_matrices(role, self.format)?;
+        self.count(matrices.iter().map(PackedMatrix::bytes).sum());
+        Ok(matrices)
     }
 
     /// A vector in f32.
@@ -100,22 +84,13 @@ impl<'a> LayerLoader<'_, 'a> {
         self.loader.config()
     }
 
-    pub(crate) fn format(&self) -> NumberFormat {
-        self.loader.format()
-    }
-
     pub(crate) fn matrix(&mut self, tensor: LayerTensor) -> Result<PackedMatrix, ModelError> {
         self.loader.matrix(TensorRole::Layer(self.layer, tensor))
     }
 
-    pub(crate) fn unpacked_matrix(&mut self, tensor: LayerTensor) -> Result<Vec<f32>, ModelError> {
-        self.loader.unpacked_matrix(TensorRole::Layer(self.layer, tensor))
-    }
-
-    /// A matrix that stays f32 whatever the model's format: what decides between experts.
-    pub(crate) fn matrix_f32(&mut self, tensor: LayerTensor) -> Result<PackedMatrix, ModelError> {
-        self.loader
-            .matrix_as(NumberFormat::F32, TensorRole::Layer(self.layer, tensor))
+    /// The matrices that a stored one is cut into, in their order.
+    pub(crate) fn matrices(&mut self, tensor: LayerTensor) -> Result<Vec<PackedMatrix>, ModelError> {
+        self.loader.matrices(TensorRole::Layer(self.layer, tensor))
     }
 
     pub(crate) fn vector(&mut self, tensor: LayerTensor) -> Result<Vec<f32>, ModelError> {

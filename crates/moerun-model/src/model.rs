@@ -22,6 +22,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Model {
     config: ModelConfig,
+    /// Of the experts.
     format: NumberFormat,
     embedding: Embedding,
     rope: RotaryEmbedding,
@@ -53,7 +54,9 @@ pub struct MoeInput {
 }
 
 impl Model {
-    /// Loads all tensors outside the experts, packed in `format` (norms, routers and biases stay f32).
+    /// Loads all tensors outside the experts for a run with experts in `format`: matrices packed in
+    /// [`NumberFormat::for_dense`], embedding and head in [`NumberFormat::for_vocabulary`]; norms, routers and biases
+    /// stay f32.
     /// `progress(done_bytes, total_bytes)` is called as it goes.
     pub fn load(
         checkpoint: &Checkpoint,
@@ -88,7 +91,7 @@ impl Model {
         &self.config
     }
 
-    /// Number format of the weights.
+    /// Number format of the experts that the model is run with.
     pub fn format(&self) -> NumberFormat {
         self.format
     }
@@ -155,7 +158,7 @@ impl Model {
         let (router_logits, routing) = gate
             .forward(pool, &moe_input)
             .map_err(|source| ModelError::Gate { layer, source })?;
-        let activations = Activations::round(self.format, moe_input.view());
+        let activations = Activations::round(self.format.activations(), moe_input.view());
         Ok(MoeInput {
             hidden_states: moe_input,
             router_logits,

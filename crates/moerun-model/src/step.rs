@@ -38,6 +38,30 @@ impl<'a> Step<'a> {
         self.sequences.last().map_or(0, |sequence| sequence.rows.end)
     }
 
+    /// The rows before row `at`, and the others counted from it: a sequence may be cut in two. Run in this order, layer
+    /// by layer, they compute what the whole would.
+    pub fn split(&self, at: usize) -> (Vec<StepSequence<'a>>, Vec<StepSequence<'a>>) {
+        let mut parts = (Vec::new(), Vec::new());
+        for sequence in self.sequences {
+            let Range { start, end } = sequence.rows;
+            let border = at.clamp(start, end);
+            if start < border {
+                parts.0.push(StepSequence {
+                    rows: start..border,
+                    ..sequence.clone()
+                });
+            }
+            if border < end {
+                parts.1.push(StepSequence {
+                    rows: border - at..end - at,
+                    first_position: sequence.first_position + border - start,
+                    ..sequence.clone()
+                });
+            }
+        }
+        parts
+    }
+
     /// Every row in order.
     pub(crate) fn rows(&self) -> Vec<StepRow<'a>> {
         let place = |sequence: &'a StepSequence<'a>| {
@@ -76,5 +100,35 @@ mod tests {
         let positions: Vec<usize> = step.rows().iter().map(|row| row.position).collect();
         assert_eq!(step.tokens(), 3);
         assert_eq!(positions, [5, 6, 0]);
+    }
+
+    #[test]
+    fn the_parts_of_a_split_have_the_rows_of_the_whole() {
+        let sequence = |rows: Range<usize>, first_position| StepSequence {
+            rows,
+            first_position,
+            start_position: 0,
+            pages: &[],
+            rope_length: 9,
+        };
+        let sequences = [sequence(0..3, 5), sequence(3..4, 0), sequence(4..9, 70)];
+        let whole = Step { sequences: &sequences };
+        let positions = |sequences: &[StepSequence<'_>]| -> Vec<usize> {
+            Step { sequences }.rows().iter().map(|row| row.position).collect()
+        };
+        for at in 0..=9 {
+            let (first, second) = whole.split(at);
+            let together = [positions(&first), positions(&second)].concat();
+            assert_eq!(together, positions(&sequences), "cut at {at}");
+            for (part, tokens) in [(&first, at), (&second, 9 - at)] {
+                assert_eq!(Step { sequences: part }.tokens(), tokens);
+                let starts = part.iter().map(|sequence| sequence.rows.start);
+                let ends = part.iter().map(|sequence| sequence.rows.end);
+                assert!(
+                    starts.eq(std::iter::once(0).chain(ends).take(part.len())),
+                    "cut at {at}"
+                );
+            }
+        }
     }
 }

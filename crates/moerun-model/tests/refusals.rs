@@ -4,8 +4,8 @@ use std::path::Path;
 
 use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
 use moerun_model::{KvCache, Model, ModelError};
-use moerun_types::{LayerId, NumberFormat};
-use moerun_weights::{Checkpoint, MemoryNeed, Needs};
+use moerun_types::{AttentionConfig, KvFormat, LayerId, NumberFormat};
+use moerun_weights::{Checkpoint, Needs};
 use ndarray::Array2;
 
 /// Layers 0 and 2 have experts, layer 1 is dense.
@@ -60,18 +60,27 @@ fn rows_that_are_not_numbers_are_refused_by_the_gate() {
     assert!(matches!(error, ModelError::Gate { layer: LayerId(2), .. }), "{error}");
 }
 
-/// Where heads are a whole number of vector lines wide, as they are in all but toys.
 #[test]
-fn a_page_takes_what_the_memory_estimate_says() {
-    for family in ["qwen3_moe", "gpt_oss", "deepseek_v3"] {
-        let checkpoint = checkpoint(family);
-        let need = MemoryNeed::of(checkpoint.config(), NumberFormat::F32);
-        let page_bytes = KvCache::page_bytes(checkpoint.config()) as u64;
-        assert_eq!(page_bytes, need.kv_bytes_per_token * KV_PAGE_TOKENS as u64, "{family}");
+fn a_token_takes_what_its_format_and_its_attention_say() {
+    // Two layers: two heads of 16, keys and values; in int8 a scale of 4 bytes each.
+    let config = checkpoint("qwen3_moe").config().clone();
+    let bytes = |format| KvCache::bytes_per_token(&config, format);
+    assert_eq!(bytes(KvFormat::F32), 2 * 2 * 2 * 16 * 4);
+    assert_eq!(bytes(KvFormat::Bf16), 2 * 2 * 2 * 16 * 2);
+    assert_eq!(bytes(KvFormat::Int8), 2 * 2 * 2 * (16 + 4));
+    // A latent is held once, with the rotary key.
+    let config = checkpoint("deepseek_v3").config().clone();
+    let AttentionConfig::Latent(latent) = &config.attention else {
+        panic!("deepseek_v3 has latents");
+    };
+    let numbers = config.layers.len() * (latent.kv_lora_rank + latent.qk_rope_head_dim);
+    assert_eq!(KvCache::bytes_per_token(&config, KvFormat::F32), 4 * numbers as u64);
+    for format in KvFormat::ALL {
+        assert_eq!(KvCache::new(&config, format, 2).layers.len(), config.layers.len());
+        let page_bytes = KvCache::page_bytes(&config, format) as u64;
         assert_eq!(
-            KvCache::new(checkpoint.config(), 2).layers.len(),
-            checkpoint.config().layers.len(),
-            "{family}"
+            page_bytes,
+            KvCache::bytes_per_token(&config, format) * KV_PAGE_TOKENS as u64
         );
     }
 }

@@ -1,11 +1,12 @@
 //! Two ways down: drain, which finishes what was begun, and stop, which does not.
 
 use std::{
-    io,
+    fs, io,
     io::Read,
+    path::PathBuf,
     process,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -29,6 +30,8 @@ pub struct Shutdown {
     begun: Arc<AtomicBool>,
     /// Set by a second signal.
     cut_short: Arc<OnceLock<Exit>>,
+    /// Files and empty folders that the process must not leave behind.
+    leftovers: Arc<Mutex<Vec<PathBuf>>>,
 }
 
 impl Shutdown {
@@ -67,7 +70,7 @@ impl Shutdown {
                     watched.cut_short.get_or_init(|| second);
                     watched.stop();
                     tokio::time::sleep(STOP_GRACE).await;
-                    process::exit(second as i32);
+                    watched.end_process(second);
                 });
             })?;
         Ok(shutdown)
@@ -93,8 +96,35 @@ impl Shutdown {
 
     fn end_unless_begun(&self, exit: Exit) {
         if !self.begun.load(Ordering::SeqCst) {
-            process::exit(exit as i32);
+            self.end_process(exit);
         }
+    }
+
+    fn end_process(&self, exit: Exit) -> ! {
+        self.remove_leftovers();
+        process::exit(exit as i32)
+    }
+
+    /// Has `path` removed when the process is ended here, where nothing is dropped, or by [`Shutdown::remove_leftovers`]: a
+    /// socket, or a folder if it is empty by then.
+    pub fn remove_at_end(&self, path: PathBuf) {
+        self.leftovers().push(path);
+    }
+
+    /// Removes what was named to [`Shutdown::remove_at_end`], the last first, so that a folder comes after its files. What is
+    /// gone already is no error, and neither is a folder that others still use.
+    pub fn remove_leftovers(&self) {
+        for path in std::mem::take(&mut *self.leftovers()).iter().rev() {
+            let _ = match fs::symlink_metadata(path) {
+                Ok(facts) if facts.is_dir() => fs::remove_dir(path),
+                Ok(_) => fs::remove_file(path),
+                Err(error) => Err(error),
+            };
+        }
+    }
+
+    fn leftovers(&self) -> std::sync::MutexGuard<'_, Vec<PathBuf>> {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How the process should end: well, unless a second signal cut its drain short.
@@ -171,6 +201,22 @@ mod tests {
         assert!(!waiting.is_finished());
         drop(writer);
         waiting.join().unwrap();
+    }
+
+    #[test]
+    fn leftovers_go_last_first_and_a_folder_in_use_stays() {
+        let folder = std::env::temp_dir().join(format!("moerun-leftovers-{}", process::id()));
+        fs::create_dir(&folder).unwrap();
+        let (ours, others) = (folder.join("ours"), folder.join("others"));
+        fs::write(&ours, "").unwrap();
+        fs::write(&others, "").unwrap();
+        for last in [false, true] {
+            let shutdown = Shutdown::new();
+            shutdown.remove_at_end(folder.clone());
+            shutdown.remove_at_end(if last { others.clone() } else { ours.clone() });
+            shutdown.remove_leftovers();
+            assert_eq!((ours.exists(), others.exists(), folder.exists()), (false, !last, !last));
+        }
     }
 
     #[test]

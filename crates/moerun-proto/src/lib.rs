@@ -26,7 +26,7 @@ pub use limits::{
     MAX_ROWS_PER_MESSAGE, ModelLimits, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, speaks_same_major,
 };
 pub use request::{ExecuteWork, decode_request, encode_request, request_cost_bytes};
-pub use response::{ExecuteFailure, ExecuteReply, decode_response, encode_failure, encode_response};
+pub use response::{ExecuteFailure, ExecuteReply, decode_response, encode_echo, encode_failure, encode_response};
 
 /// Encoded `FileDescriptorSet` of [`v1`], for reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/moerun_descriptor.bin"));

@@ -3,7 +3,7 @@
 use moerun_types::{FeedForwardKind, LayerId, ModelConfig, Numerics};
 
 /// Version of the protocol between gateway and worker: major × 1000 + minor. Equal majors understand each other.
-pub const PROTOCOL_VERSION: u32 = 1000;
+pub const PROTOCOL_VERSION: u32 = 1001;
 
 /// Largest gRPC message, on both sides of every service. A request between gateway and worker stays far below it
 /// ([`MAX_EXECUTE_BYTES`]).

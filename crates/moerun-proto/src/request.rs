@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use moerun_kernels::Activations;
+use moerun_kernels::{Activations, ActivationsError};
 use moerun_routing::Assignment;
-use moerun_types::{BlockRange, ExpertId, LayerId, NumberFormat};
+use moerun_types::{ActivationFormat, BlockRange, ExpertId, LayerId};
 
 use crate::{
     ModelLimits, WireError,
@@ -32,8 +32,8 @@ pub struct ExecuteWork {
 }
 
 /// Bytes that a row with `assignments` assignments takes in a request, for cutting a batch into messages.
-pub fn request_cost_bytes(format: NumberFormat, hidden: usize, assignments: usize) -> usize {
-    hidden * format.bytes() + 2 + assignments * ASSIGNMENT_BYTES
+pub fn request_cost_bytes(format: ActivationFormat, hidden: usize, assignments: usize) -> usize {
+    format.row_bytes(hidden) + 2 + assignments * ASSIGNMENT_BYTES
 }
 
 /// Encodes the rows of `activations` named by `rows`; `assignments` are ascending by row, which counts within `rows`.
@@ -48,7 +48,7 @@ pub fn encode_request(
     deadline: Duration,
 ) -> v1::ExecuteRequest {
     let format = activations.format();
-    let mut hidden_states = Vec::with_capacity(rows.len() * activations.cols() * format.bytes());
+    let mut hidden_states = Vec::with_capacity(rows.len() * format.row_bytes(activations.cols()));
     activations.append_rows_le(rows, &mut hidden_states);
     let mut counts = vec![0u16; rows.len()];
     let mut expert_ids = Vec::with_capacity(assignments.len() * 2);
@@ -79,6 +79,7 @@ pub fn encode_request(
         first_blocks: first_blocks.into(),
         end_blocks: end_blocks.into(),
         deadline_micros: u32::try_from(deadline.as_micros()).unwrap_or(u32::MAX),
+        echo: Bytes::new(),
     }
 }
 
@@ -98,9 +99,9 @@ pub fn decode_request(request: &v1::ExecuteRequest, limits: &ModelLimits) -> Res
     if request.hidden as usize != limits.hidden {
         return Err(WireError::new("hidden", limits.hidden, request.hidden));
     }
-    let format = limits.numerics.format;
+    let format = limits.numerics.format.activations();
     if request.format != i32::from(wire_format(format)) {
-        let found = v1::NumberFormat::try_from(request.format)
+        let found = v1::ActivationFormat::try_from(request.format)
             .map_or_else(|_| request.format.to_string(), |found| found.as_str_name().to_owned());
         return Err(WireError::new("format", wire_format(format).as_str_name(), found));
     }
@@ -108,11 +109,10 @@ pub fn decode_request(request: &v1::ExecuteRequest, limits: &ModelLimits) -> Res
     check_len(
         "hidden_states",
         states,
-        byte_len("hidden_states", &[rows, limits.hidden, format.bytes()])?,
+        byte_len("hidden_states", &[rows, format.row_bytes(limits.hidden)])?,
     )?;
     let assignments = decode_assignments(request, rows, limits)?;
-    let activations = Activations::from_le_bytes(format, rows, limits.hidden, states)
-        .map_err(|error| WireError::new("hidden_states", error.wanted, error.found))?;
+    let activations = Activations::from_le_bytes(format, rows, limits.hidden, states).map_err(activations_error)?;
     Ok(ExecuteWork {
         request_id: request.request_id,
         layer,
@@ -194,10 +194,22 @@ fn decode_assignments(
     Ok(assignments)
 }
 
-fn wire_format(format: NumberFormat) -> v1::NumberFormat {
+fn activations_error(error: ActivationsError) -> WireError {
+    match error {
+        ActivationsError::Length { wanted, found, .. } => WireError::new("hidden_states", wanted, found),
+        ActivationsError::Code { row, col } => WireError::new(
+            "hidden_states",
+            "codes of -127 to 127",
+            format!("-128 in row {row}, column {col}"),
+        ),
+    }
+}
+
+fn wire_format(format: ActivationFormat) -> v1::ActivationFormat {
     match format {
-        NumberFormat::F32 => v1::NumberFormat::F32,
-        NumberFormat::Bf16 => v1::NumberFormat::Bf16,
+        ActivationFormat::F32 => v1::ActivationFormat::F32,
+        ActivationFormat::Bf16 => v1::ActivationFormat::Bf16,
+        ActivationFormat::Int8 => v1::ActivationFormat::Int8,
     }
 }
 

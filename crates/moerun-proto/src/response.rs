@@ -89,6 +89,16 @@ pub fn encode_response(
     }
 }
 
+/// Gives back what [`v1::ExecuteRequest::echo`] carried, without a copy.
+pub fn encode_echo(request: &v1::ExecuteRequest) -> v1::ExecuteResponse {
+    v1::ExecuteResponse {
+        request_id: request.request_id,
+        status: v1::ExecuteStatus::Ok.into(),
+        echo: request.echo.clone(),
+        ..Default::default()
+    }
+}
+
 /// Names a failure.
 pub fn encode_failure(request_id: u64, failure: ExecuteFailure) -> v1::ExecuteResponse {
     let (status, place, message) = match failure {

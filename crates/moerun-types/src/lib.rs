@@ -5,10 +5,15 @@
 #![forbid(unsafe_code)]
 
 mod ids;
+mod kv_format;
 mod numerics;
 
 mod model_config;
 
 pub use ids::{BlockRange, ExpertId, ExpertSlice, LayerId, SequenceId};
+pub use kv_format::KvFormat;
 pub use model_config::*;
-pub use numerics::{COMBINE_FRACTION_BITS, CombineMode, NumberFormat, Numerics, default_combine_block};
+pub use numerics::{
+    ActivationFormat, COMBINE_FRACTION_BITS, CombineMode, NumberFormat, Numerics, NumericsError, QUANTIZED_BLOCK,
+    default_combine_block,
+};

@@ -8,13 +8,16 @@ use std::{
 use moerun_types::{ExpertId, FeedForwardKind, LayerId, ModelConfig, NumberFormat, StoredDtype, WeightQuantization};
 
 use crate::{
-    Dtype, ExpertSource, GenerationConfig, MatrixSource, TensorRole, WeightsError,
+    BlockType, Dtype, ExpertSource, GenerationConfig, Load, MatrixSource, TensorRole, WeightsError,
+    dense_tensors::dense_tensors,
     directory::Directory,
     expected::{ExpectedTensor, ModelPart, expected_in, expected_tensors},
     expert::{self, ExpertParts},
     gguf::{self, Arrangement, GgufFile},
+    index::{self, Layout},
+    packed::{self, HASHES, PackedMetadata, expert_name, packed_tensors},
     store::TensorStore,
-    tensor,
+    tensor, tensor_names,
     verify::verify,
 };
 
@@ -41,15 +44,19 @@ pub struct Checkpoint {
     generation_config: GenerationConfig,
     dir: PathBuf,
     pub(crate) store: TensorStore,
-    /// Tensors outside the experts that are there, with their shapes on disk.
-    dense: HashMap<TensorRole, (String, Vec<usize>)>,
+    /// Tensors outside the experts that are there, with their shapes on disk (packed: the shapes they had).
+    pub(crate) dense: HashMap<TensorRole, (String, Vec<usize>)>,
+    /// What a packed checkpoint says of itself.
+    pub(crate) packed: Option<PackedMetadata>,
+    pub(crate) load: Load,
 }
 
 impl Checkpoint {
     /// Reads the config and the headers of all shards, maps the shards, and checks every tensor against the config.
     /// No tensor data is read.
     ///
-    /// `dir` may also be a GGUF file, which holds config, tensors and tokenizer in one.
+    /// `dir` may also be a GGUF file, which holds config, tensors and tokenizer in one, or a directory that `convert` or
+    /// `synthesize` wrote packed weights into.
     ///
     /// Weights are `model.safetensors`, or the shards that `model.safetensors.index.json` names. Shards that hold
     /// nothing but tensors which `needs` allows to be absent may be absent themselves.
@@ -66,6 +73,9 @@ impl Checkpoint {
             Some(text) => GenerationConfig::from_json(&text, config.vocab_size)?,
             None => GenerationConfig::default(),
         };
+        if let Some(layout) = index::find_packed(&directory)? {
+            return Self::open_packed(&directory, &layout, config, generation_config, needs);
+        }
         let expected = expected_tensors(&config);
         let needed: HashSet<&str> = expected
             .iter()
@@ -84,6 +94,41 @@ impl Checkpoint {
         let store = TensorStore::of_gguf(file, &config)?;
         let expected = expected_in(&config, store.expert_layout(&config));
         Self::of_store(path, config, GenerationConfig::default(), store, expected, needs)
+    }
+
+    /// Packed weights: tensors have the names of the family's plain ones, and their sizes follow from config and format.
+    fn open_packed(
+        directory: &Directory,
+        layout: &Layout,
+        config: ModelConfig,
+        generation_config: GenerationConfig,
+        needs: Needs,
+    ) -> Result<Self, WeightsError> {
+        // Names do not depend on the format, which stands in the files.
+        let named = packed_tensors(&config, NumberFormat::F32);
+        let needed: HashSet<&str> = named
+            .iter()
+            .filter(|tensor| !needs.allow_absence(tensor.part()))
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        let store = TensorStore::of_files(directory, layout, &|name| !needed.contains(name))?;
+        let packed = PackedMetadata::read(directory, &store)?;
+        packed::verify(&store, &packed_tensors(&config, packed.format), needs)?;
+        store.advise_huge_pages();
+        let dense = dense_tensors(&config)
+            .into_iter()
+            .map(|(role, shape)| (role, (tensor_names::name(config.family, role), shape)))
+            .filter(|(_, (name, _))| store.get(name).is_some())
+            .collect();
+        Ok(Checkpoint {
+            config,
+            generation_config,
+            dir: directory.path().to_owned(),
+            store,
+            dense,
+            packed: Some(packed),
+            load: Load::default(),
+        })
     }
 
     fn of_store(
@@ -109,6 +154,8 @@ impl Checkpoint {
             dir: dir.to_owned(),
             store,
             dense,
+            packed: None,
+            load: Load::default(),
         })
     }
 
@@ -129,6 +176,11 @@ impl Checkpoint {
 
     /// Whether this checkpoint holds all tensors of `layer`'s expert `expert`.
     pub fn has_expert(&self, layer: LayerId, expert: ExpertId) -> bool {
+        if self.packed.is_some() {
+            return [&*expert_name(layer, expert), HASHES]
+                .iter()
+                .all(|name| self.store.get(name).is_some());
+        }
         self.expert_parts(layer, expert).is_ok()
     }
 
@@ -137,8 +189,9 @@ impl Checkpoint {
         self.dense.contains_key(&role)
     }
 
-    /// A matrix outside the experts; an error if it is not there.
+    /// A matrix outside the experts as it is stored; an error if it is not there or the checkpoint is packed.
     pub fn matrix(&self, role: TensorRole) -> Result<MatrixSource<'_>, WeightsError> {
+        self.refuse_packed()?;
         let (name, shape) = self.dense.get(&role).ok_or(WeightsError::NoTensor { role })?;
         let &[rows, cols] = &shape[..] else {
             return Err(WeightsError::Rank {
@@ -161,6 +214,9 @@ impl Checkpoint {
                 found: shape.clone(),
             });
         };
+        if self.packed.is_some() {
+            return self.packed_vector(role, length);
+        }
         let source =
             expert::whole_matrix(&self.store, name, [1, length], None).ok_or(WeightsError::NoTensor { role })?;
         let stored = expert::read_vector(&source);
@@ -172,33 +228,59 @@ impl Checkpoint {
         })
     }
 
-    /// One expert's matrices and biases; an error if it is not there.
+    fn refuse_packed(&self) -> Result<(), WeightsError> {
+        match &self.packed {
+            Some(packed) => Err(WeightsError::IsPacked {
+                dir: self.dir.clone(),
+                stored: packed.format,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// One expert's matrices and biases as they are stored; an error if it is not there or the checkpoint is packed.
     pub fn expert(&self, layer: LayerId, expert: ExpertId) -> Result<ExpertSource<'_>, WeightsError> {
         self.expert_parts(layer, expert).map(ExpertSource::from)
     }
 
-    /// The number format that is used unless another is asked for: that of most of the weights that are there, f16
-    /// counting as f32 and blocks of GGUF as bf16; for other weights that are quantised on disk, that of the config, bf16
-    /// unless it says f32.
+    /// The number format that is used unless another is asked for: that of packed weights; that in which most of the experts' weights (of a model
+    /// without experts: all weights) are stored where they are MXFP4, or GGUF's `Q8_0` or `Q4_0`. Otherwise that of most
+    /// of the weights that are there, f16 counting as f32 and other blocks of GGUF as bf16; for fp8 that of the config,
+    /// bf16 unless it says f32.
     pub fn default_format(&self) -> NumberFormat {
+        if let Some(packed) = &self.packed {
+            return packed.format;
+        }
         let configured = || match self.config.stored_dtype {
             Some(StoredDtype::F32) => NumberFormat::F32,
             _ => NumberFormat::Bf16,
         };
-        if self.config.quantization != WeightQuantization::None {
-            return configured();
+        match self.config.quantization {
+            WeightQuantization::None => {}
+            // Said by the config, so that a gateway's copy without experts says the same.
+            WeightQuantization::Mxfp4 => return NumberFormat::Mxfp4,
+            WeightQuantization::Fp8Block { .. } => return configured(),
+        }
+        let all = self.stored_elements(|_| true);
+        let experts = self.stored_elements(|part| matches!(part, ModelPart::Experts(_)));
+        let deciding = if experts.is_empty() { &all } else { &experts };
+        let total: u64 = deciding.values().sum();
+        for (block, format) in [
+            (BlockType::Q8_0, NumberFormat::Int8),
+            (BlockType::Q4_0, NumberFormat::Int4),
+            (BlockType::Mxfp4, NumberFormat::Mxfp4),
+        ] {
+            if deciding
+                .get(&Dtype::Block(block))
+                .is_some_and(|&elements| 2 * elements > total)
+            {
+                return format;
+            }
         }
         let (mut wide, mut narrow) = (0u64, 0u64);
-        for tensor in expected_in(&self.config, self.store.expert_layout(&self.config))
-            .iter()
-            .filter(|tensor| tensor.shape.len() > 1)
-        {
-            let Some(stored) = self.store.get(&tensor.name) else {
-                continue;
-            };
-            let elements: u64 = stored.shape.iter().map(|&dim| dim as u64).product();
-            match stored.element.dtype {
-                Some(Dtype::Bf16 | Dtype::Block(_)) => narrow += elements,
+        for (dtype, elements) in all {
+            match dtype {
+                Dtype::Bf16 | Dtype::Block(_) => narrow += elements,
                 _ => wide += elements,
             }
         }
@@ -209,7 +291,23 @@ impl Checkpoint {
         }
     }
 
+    /// Elements of the matrices that are there, by their type, of the parts that `counts`.
+    fn stored_elements(&self, counts: impl Fn(ModelPart) -> bool) -> HashMap<Dtype, u64> {
+        let mut elements = HashMap::new();
+        for tensor in expected_in(&self.config, self.store.expert_layout(&self.config)) {
+            let Some(stored) = self.store.get(&tensor.name) else {
+                continue;
+            };
+            if tensor.shape.len() > 1 && counts(tensor.part) {
+                *elements.entry(expert::known_dtype(stored)).or_insert(0) +=
+                    stored.shape.iter().map(|&dim| dim as u64).product::<u64>();
+            }
+        }
+        elements
+    }
+
     pub(crate) fn expert_parts(&self, layer: LayerId, expert: ExpertId) -> Result<ExpertParts<'_>, WeightsError> {
+        self.refuse_packed()?;
         let is_moe = |layer: &moerun_types::LayerConfig| layer.feed_forward == FeedForwardKind::Moe;
         self.config
             .moe

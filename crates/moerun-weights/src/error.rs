@@ -233,6 +233,88 @@ pub enum WeightsError {
         /// Expert.
         expert: ExpertId,
     },
+    /// A packed checkpoint says of itself what cannot be.
+    #[error("{path}: {what}: wanted {wanted}, found {found}")]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// Which entry of its header.
+        what: String,
+        /// What would be possible.
+        wanted: String,
+        /// What there is.
+        found: String,
+    },
+    /// A tensor of a packed checkpoint cannot be used where it is mapped.
+    #[error("tensor {tensor}: wanted data at a multiple of {wanted} bytes of the file, found it at byte {found}")]
+    Alignment {
+        /// The tensor.
+        tensor: String,
+        /// The border.
+        wanted: u64,
+        /// Where it begins.
+        found: u64,
+    },
+    /// A packed matrix cannot be used where it is mapped.
+    #[error("{source}")]
+    Mapped {
+        /// Why.
+        source: moerun_kernels::MappedError,
+    },
+    /// Packed weights are in one number format, and no other can be made of them.
+    #[error(
+        "{dir} is packed in {stored}, not in {wanted}: run it with --weights {stored}, or convert the original again with \
+         --weights {wanted}"
+    )]
+    PackedFormat {
+        /// The directory.
+        dir: PathBuf,
+        /// How it is packed.
+        stored: moerun_types::NumberFormat,
+        /// What was asked for.
+        wanted: moerun_types::NumberFormat,
+    },
+    /// The elements of the original were asked of a packed checkpoint.
+    #[error("{dir} is packed in {stored}: it has no elements as they were stored before")]
+    IsPacked {
+        /// The directory.
+        dir: PathBuf,
+        /// How it is packed.
+        stored: moerun_types::NumberFormat,
+    },
+    /// Hashes of blocks that a packed checkpoint cannot tell.
+    #[error(
+        "{dir} is packed and has hashes for combine blocks of a multiple of {unit}, not for {combine_block}: use the \
+         original, or another --combine-block"
+    )]
+    PackedHashes {
+        /// The directory.
+        dir: PathBuf,
+        /// What a block must be a multiple of.
+        unit: usize,
+        /// What was asked for.
+        combine_block: usize,
+    },
+    /// A tensor has a value that the number format cannot hold.
+    #[error("{role:?}: {source}")]
+    Pack {
+        /// The tensor.
+        role: TensorRole,
+        /// Why.
+        source: moerun_kernels::PackError,
+    },
+    /// An expert has a value that the number format cannot hold.
+    #[error("{matrix} of layer {layer} expert {expert}: {source}")]
+    PackExpert {
+        /// Model layer.
+        layer: LayerId,
+        /// Expert.
+        expert: ExpertId,
+        /// `gate_proj`, `up_proj` or `down_proj`.
+        matrix: &'static str,
+        /// Why; rows and columns count from the start of the slice that was packed.
+        source: moerun_kernels::PackError,
+    },
     /// Combine blocks were asked for that an expert does not have.
     #[error("combine blocks {found} of length {combine_block}: wanted blocks below {num_blocks}")]
     Blocks {

@@ -6,6 +6,7 @@
 use std::{collections::HashSet, ops::Range, path::Path};
 
 use serde::{Deserialize, de::DeserializeSeed};
+use serde_json::Value;
 
 use crate::{
     Dtype, WeightsError,
@@ -95,11 +96,23 @@ struct Entry {
     data_offsets: [u64; 2],
 }
 
-/// Reads and checks the header of `file`, which is at `path`; tensors are in the order of their data.
-pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>, WeightsError> {
+/// What a header says.
+#[derive(Debug)]
+pub(crate) struct Header {
+    /// In the order of their data.
+    pub(crate) tensors: Vec<HeaderTensor>,
+    /// What stands under `__metadata__`, unchecked.
+    pub(crate) metadata: Option<Value>,
+}
+
+/// The key that names no tensor.
+pub(crate) const METADATA: &str = "__metadata__";
+
+/// Reads and checks the header of `file`, which is at `path`.
+pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Header, WeightsError> {
     let json = header_json(path, file)?;
     let data_start = LENGTH_BYTES + json.len();
-    let entries = entries(path, json)?;
+    let (entries, metadata) = entries(path, json)?;
     let mut names = HashSet::with_capacity(entries.len());
     let mut unplaced = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
@@ -146,7 +159,7 @@ pub(crate) fn parse(path: &Path, file: &[u8]) -> Result<Vec<HeaderTensor>, Weigh
         .collect();
     tensors.sort_by_key(|tensor| (tensor.bytes.start, tensor.bytes.end));
     check_coverage(path, &tensors, data_start, file.len())?;
-    Ok(tensors)
+    Ok(Header { tensors, metadata })
 }
 
 /// The JSON of the header, after checks of its length.
@@ -179,23 +192,28 @@ fn header_json<'a>(path: &Path, file: &'a [u8]) -> Result<&'a [u8], WeightsError
     })
 }
 
-fn entries(path: &Path, json: &[u8]) -> Result<Vec<(String, Entry)>, WeightsError> {
+/// Names and entries of the tensors, and the metadata.
+type HeaderEntries = (Vec<(String, Entry)>, Option<Value>);
+
+fn entries(path: &Path, json: &[u8]) -> Result<HeaderEntries, WeightsError> {
     let refuse = |reason: String| WeightsError::Header {
         path: path.to_owned(),
         reason,
     };
     let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let Entries(raw) = AtMost::<serde_json::Value>::new(MAX_TENSORS + 1)
+    let Entries(raw) = AtMost::<Value>::new(MAX_TENSORS + 1)
         .deserialize(&mut deserializer)
         .and_then(|entries| deserializer.end().map(|()| entries))
         .map_err(|error| refuse(error.to_string()))?;
-    raw.into_iter()
-        .filter(|(name, _)| name != "__metadata__")
+    let (metadata, tensors): (Vec<_>, Vec<_>) = raw.into_iter().partition(|(name, _)| name == METADATA);
+    let tensors = tensors
+        .into_iter()
         .map(|(name, raw)| match serde_json::from_value(raw) {
             Ok(entry) => Ok((name, entry)),
             Err(error) => Err(refuse(format!("tensor {name}: {error}"))),
         })
-        .collect()
+        .collect::<Result<_, _>>()?;
+    Ok((tensors, metadata.into_iter().next_back().map(|(_, value)| value)))
 }
 
 /// Type and shape of an entry whose data has the length that they ask for.

@@ -1,6 +1,9 @@
 //! Which files hold the weights: one, or the shards of an index.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
 
 use serde::{Deserialize, Deserializer, de::DeserializeSeed};
 
@@ -13,6 +16,9 @@ use crate::{
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// The same two of packed checkpoints, so that no other program takes their tensors for weights.
+pub(crate) const PACKED_SINGLE: &str = "packed.safetensors";
+pub(crate) const PACKED_INDEX: &str = "packed.safetensors.index.json";
 /// The index of a checkpoint of [`MAX_TENSORS`] tensors has about half of this.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 
@@ -36,17 +42,33 @@ pub(crate) struct Shards {
 
 /// Finds the weights of a directory: `model.safetensors` if it is there, else the shards of the index.
 pub(crate) fn find(directory: &Directory) -> Result<Layout, WeightsError> {
-    if let Found::File(_) = directory.find(SINGLE)? {
-        return Ok(Layout::Single(SINGLE));
+    if let Some(layout) = find_named(directory, SINGLE, INDEX)? {
+        return Ok(layout);
     }
-    match directory.read_text(INDEX, MAX_INDEX_BYTES)? {
-        Some(text) => parse(&text, directory).map(Layout::Sharded),
-        None => Err(match directory.find_pickle() {
-            Some(path) => WeightsError::Pickle { path },
-            None => WeightsError::NoWeights {
-                dir: directory.path().to_owned(),
-            },
-        }),
+    Err(match directory.find_pickle() {
+        Some(path) => WeightsError::Pickle { path },
+        None => WeightsError::NoWeights {
+            dir: directory.path().to_owned(),
+        },
+    })
+}
+
+/// Finds packed weights, if the directory has any.
+pub(crate) fn find_packed(directory: &Directory) -> Result<Option<Layout>, WeightsError> {
+    find_named(directory, PACKED_SINGLE, PACKED_INDEX)
+}
+
+fn find_named(
+    directory: &Directory,
+    single: &'static str,
+    index: &'static str,
+) -> Result<Option<Layout>, WeightsError> {
+    if let Found::File(_) = directory.find(single)? {
+        return Ok(Some(Layout::Single(single)));
+    }
+    match directory.read_text(index, MAX_INDEX_BYTES)? {
+        Some(text) => parse(&text, directory.path().join(index)).map(|shards| Some(Layout::Sharded(shards))),
+        None => Ok(None),
     }
 }
 
@@ -60,8 +82,7 @@ fn weight_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Entries<Stri
     AtMost::new(MAX_TENSORS).deserialize(deserializer)
 }
 
-fn parse(text: &str, directory: &Directory) -> Result<Shards, WeightsError> {
-    let path = directory.path().join(INDEX);
+fn parse(text: &str, path: PathBuf) -> Result<Shards, WeightsError> {
     let index: Index = serde_json::from_str(text).map_err(|error| WeightsError::Index {
         path: path.clone(),
         reason: error.to_string(),

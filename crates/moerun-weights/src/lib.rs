@@ -6,6 +6,7 @@
 mod available_memory;
 mod blocks;
 mod checkpoint;
+mod convert;
 mod dense_tensors;
 mod directory;
 mod elements;
@@ -19,8 +20,12 @@ mod gguf;
 mod hashes;
 mod header;
 mod index;
+mod load;
 mod memory;
+mod packed;
 mod shapes;
+mod space;
+mod staging;
 mod store;
 mod synthesize;
 mod tensor;
@@ -30,13 +35,16 @@ mod verify;
 pub use available_memory::available_memory_bytes;
 pub use blocks::BlockType;
 pub use checkpoint::{Checkpoint, Needs};
+pub use convert::{ConvertError, ConvertReport, ConvertRequest, convert};
 pub use error::WeightsError;
 pub use expected::{ExpectedTensor, ExpectedTypes, ModelPart, expected_tensors};
 pub use expert::ExpertSource;
 pub use generation_config::GenerationConfig;
 pub use gguf::GgufMetadata;
+pub use load::Load;
 pub use memory::{MemoryNeed, ParameterCounts};
 pub use shapes::{SHAPES, Shape};
+pub use staging::WriteError;
 pub use synthesize::{
     DEFAULT_SHARD_BYTES, SynthesizeError, SynthesizeProgress, SynthesizeReport, SynthesizeRequest, synthesize,
 };

@@ -1,23 +1,26 @@
 //! What a model needs in memory, and how many parameters it has.
 
-use moerun_types::{AttentionConfig, ModelConfig, MoeConfig, NumberFormat};
+use std::ops::Range;
 
-use crate::{LayerTensor, TensorRole, dense_tensors::dense_tensors};
+use moerun_types::{BlockRange, ModelConfig, MoeConfig, NumberFormat, Numerics};
 
-/// Rows of a panel: packed matrices are padded to whole panels.
-const PANEL_ROWS: u64 = 16;
+use crate::{
+    TensorRole,
+    dense_tensors::dense_tensors,
+    packed::{Part, dense_parts, expert_parts},
+};
 
 /// Bytes that a model's parts take in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryNeed {
     /// Everything that is not an expert (embedding, attention, routers in f32, shared experts, head).
     pub gateway_bytes: u64,
+    /// Of that, the embedding: a token reads one row of it, or all where the head is tied to it.
+    pub embedding_bytes: u64,
     /// One expert.
     pub expert_bytes: u64,
     /// All experts of all layers.
     pub all_experts_bytes: u64,
-    /// Keys and values of one token in all layers (f32).
-    pub kv_bytes_per_token: u64,
 }
 
 /// How many parameters a model has. A tied head counts once.
@@ -34,21 +37,64 @@ pub struct ParameterCounts {
 }
 
 impl MemoryNeed {
-    /// Computes the need of `config` with weights held in `format`: matrices in that format, padded to whole panels;
-    /// norms, biases and routers in f32.
+    /// Computes the need of `config` with experts held in `format`: other matrices in [`NumberFormat::for_dense`],
+    /// embedding and head in [`NumberFormat::for_vocabulary`], all as large as they are packed; norms, biases and
+    /// routers in f32.
     pub fn of(config: &ModelConfig, format: NumberFormat) -> Self {
         let gateway_bytes = dense_tensors(config)
             .iter()
-            .map(|(role, shape)| dense_bytes(*role, shape, format))
+            .map(|(role, shape)| memory_bytes(dense_parts(config, *role, shape, format)))
             .sum();
-        let expert_bytes = config.moe.as_ref().map_or(0, |moe| expert_bytes(config, moe, format));
+        let expert_bytes = config
+            .moe
+            .as_ref()
+            .map_or(0, |moe| slice_bytes(config, moe, format, 0..moe.intermediate));
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts) as u64;
+        let embedding = [config.vocab_size, config.hidden];
+        let embedding_bytes = memory_bytes(dense_parts(config, TensorRole::Embedding, &embedding, format));
         MemoryNeed {
             gateway_bytes,
+            embedding_bytes,
             expert_bytes,
             all_experts_bytes: expert_bytes * num_experts * config.moe_layers().len() as u64,
-            kv_bytes_per_token: 4 * cached_elements(&config.attention) * config.layers.len() as u64,
         }
+    }
+
+    /// Bytes that some blocks of one expert take.
+    pub fn of_slice(config: &ModelConfig, numerics: &Numerics, blocks: BlockRange) -> u64 {
+        config.moe.as_ref().map_or(0, |moe| {
+            let column = |block: u16| {
+                usize::from(block)
+                    .saturating_mul(numerics.combine_block)
+                    .min(moe.intermediate)
+            };
+            slice_bytes(config, moe, numerics.format, column(blocks.first)..column(blocks.end))
+        })
+    }
+
+    /// Bytes of some blocks of one expert that a process takes of its own where packed weights are mapped: biases, and
+    /// for a part of an expert the columns that are cut out of down. Where the part does not begin and end between panels
+    /// of 16 rows, gate and up are cut too.
+    pub fn of_mapped_slice(config: &ModelConfig, numerics: &Numerics, blocks: BlockRange) -> u64 {
+        const PANEL: usize = 16;
+        let Some(moe) = &config.moe else { return 0 };
+        let column = |block: u16| {
+            usize::from(block)
+                .saturating_mul(numerics.combine_block)
+                .min(moe.intermediate)
+        };
+        let held = column(blocks.first)..column(blocks.end);
+        let is_whole = held == (0..moe.intermediate);
+        let between_panels =
+            held.start.is_multiple_of(PANEL) && (held.end.is_multiple_of(PANEL) || held.end == moe.intermediate);
+        let owned = |(index, part): (usize, Part)| match (part, index) {
+            (Part::Vector { .. }, _) => part.memory_bytes(),
+            (Part::Matrix { .. }, _) if is_whole => 0,
+            (Part::Matrix { .. }, 0 | 1) if between_panels => 0,
+            (Part::Matrix { .. }, _) => part.memory_bytes(),
+        };
+        let parts = expert_parts(config, moe, numerics.format, held.clone());
+        parts.into_iter().enumerate().map(owned).fold(0, u64::saturating_add)
     }
 }
 
@@ -75,29 +121,13 @@ fn elements(shape: &[usize]) -> u64 {
     shape.iter().map(|&dim| dim as u64).product()
 }
 
-fn dense_bytes(role: TensorRole, shape: &[usize], format: NumberFormat) -> u64 {
-    use LayerTensor::{CorrectionBias, Router, SharedExpertGate};
-    match (role, shape) {
-        (TensorRole::Layer(_, Router | CorrectionBias | SharedExpertGate), _) => 4 * elements(shape),
-        (_, &[rows, cols]) => packed_bytes(rows, cols, format),
-        _ => 4 * elements(shape),
-    }
+/// Bytes of one expert's matrices and biases that the columns `held` of its intermediate dimension take.
+fn slice_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat, held: Range<usize>) -> u64 {
+    memory_bytes(expert_parts(config, moe, format, held))
 }
 
-/// Columns are packed in pairs in bf16.
-fn packed_bytes(rows: usize, cols: usize, format: NumberFormat) -> u64 {
-    let rows = (rows as u64).next_multiple_of(PANEL_ROWS);
-    let cols = match format {
-        NumberFormat::F32 => cols as u64,
-        NumberFormat::Bf16 => (cols as u64).next_multiple_of(2),
-    };
-    rows * cols * format.bytes() as u64
-}
-
-fn expert_bytes(config: &ModelConfig, moe: &MoeConfig, format: NumberFormat) -> u64 {
-    let up = packed_bytes(moe.intermediate, config.hidden, format);
-    let down = packed_bytes(config.hidden, moe.intermediate, format);
-    2 * up + down + 4 * expert_biases(config, moe)
+fn memory_bytes(parts: Vec<Part>) -> u64 {
+    parts.into_iter().map(Part::memory_bytes).fold(0, u64::saturating_add)
 }
 
 fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {
@@ -112,14 +142,4 @@ fn expert_biases(config: &ModelConfig, moe: &MoeConfig) -> u64 {
 
 fn expert_parameters(config: &ModelConfig, moe: &MoeConfig) -> u64 {
     3 * config.hidden as u64 * moe.intermediate as u64 + expert_biases(config, moe)
-}
-
-/// Elements that one token keeps in one layer: latent attention keeps the latent as key, with the rotary part, and
-/// once more as value, for all heads together.
-fn cached_elements(attention: &AttentionConfig) -> u64 {
-    let elements = match attention {
-        AttentionConfig::Grouped(grouped) => 2 * grouped.num_kv_heads * grouped.head_dim,
-        AttentionConfig::Latent(latent) => 2 * latent.kv_lora_rank + latent.qk_rope_head_dim,
-    };
-    elements as u64
 }

@@ -1,9 +1,10 @@
 //! All tensors of a checkpoint by name, in the shards that hold them.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use memmap2::Mmap;
 use moerun_types::{Family, ModelConfig};
+use serde_json::Value;
 
 use crate::{
     WeightsError,
@@ -20,7 +21,7 @@ pub(crate) struct StoredTensor {
     pub(crate) element: ElementType,
     pub(crate) shape: Vec<usize>,
     shard: usize,
-    bytes: std::ops::Range<usize>,
+    bytes: Range<usize>,
     /// How its rows are stored (GGUF).
     pub(crate) arrangement: Arrangement,
 }
@@ -37,7 +38,9 @@ pub(crate) struct TensorStore {
 #[derive(Debug)]
 struct Shard {
     name: String,
-    map: Mmap,
+    map: Arc<Mmap>,
+    /// What stands under `__metadata__`, unchecked.
+    metadata: Option<Value>,
 }
 
 impl TensorStore {
@@ -48,19 +51,29 @@ impl TensorStore {
         family: Family,
         may_be_absent: &dyn Fn(&str) -> bool,
     ) -> Result<Self, WeightsError> {
+        let mut store = Self::of_files(directory, &index::find(directory)?, may_be_absent)?;
+        if family == Family::Llama4Text {
+            store.strip_common_prefix("language_model.");
+        }
+        Ok(store)
+    }
+
+    /// As [`TensorStore::open`], of files that were found.
+    pub(crate) fn of_files(
+        directory: &Directory,
+        layout: &Layout,
+        may_be_absent: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, WeightsError> {
         let mut store = TensorStore {
             shards: Vec::new(),
             tensors: HashMap::new(),
             expert_layout: None,
         };
-        match index::find(directory)? {
+        match layout {
             Layout::Single(name) => {
                 store.add_shard(directory, name, None)?;
             }
-            Layout::Sharded(shards) => store.add_shards(directory, &shards, may_be_absent)?,
-        }
-        if family == Family::Llama4Text {
-            store.strip_common_prefix("language_model.");
+            Layout::Sharded(shards) => store.add_shards(directory, shards, may_be_absent)?,
         }
         Ok(store)
     }
@@ -93,7 +106,11 @@ impl TensorStore {
             }
         }
         Ok(TensorStore {
-            shards: vec![Shard { name, map: file.map }],
+            shards: vec![Shard {
+                name,
+                map: Arc::new(file.map),
+                metadata: None,
+            }],
             tensors,
             expert_layout: Some(ExpertLayout::GGUF),
         })
@@ -114,8 +131,28 @@ impl TensorStore {
     }
 
     /// Other bytes of the shard that holds a tensor.
-    pub(crate) fn beside(&self, tensor: &StoredTensor, bytes: std::ops::Range<usize>) -> &[u8] {
+    pub(crate) fn beside(&self, tensor: &StoredTensor, bytes: Range<usize>) -> &[u8] {
         &self.shards[tensor.shard].map[bytes]
+    }
+
+    /// The mapping that holds a tensor, and where.
+    pub(crate) fn place(&self, tensor: &StoredTensor) -> (&Arc<Mmap>, Range<usize>) {
+        (&self.shards[tensor.shard].map, tensor.bytes.clone())
+    }
+
+    /// Names of the shards, and what stands in each under `__metadata__`.
+    pub(crate) fn metadata(&self) -> impl Iterator<Item = (&str, Option<&Value>)> {
+        self.shards
+            .iter()
+            .map(|shard| (shard.name.as_str(), shard.metadata.as_ref()))
+    }
+
+    /// Asks for huge pages: a kernel without them for files goes on with small ones.
+    pub(crate) fn advise_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
+        for shard in &self.shards {
+            let _ = shard.map.advise(memmap2::Advice::HugePage);
+        }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
@@ -172,7 +209,8 @@ impl TensorStore {
         let path = directory.path().join(name);
         let map = directory::map(&target)?;
         let shard = self.shards.len();
-        for found in header::parse(&path, &map)? {
+        let header = header::parse(&path, &map)?;
+        for found in header.tensors {
             let tensor = found.name;
             if let Some(first) = self.tensors.get(&tensor) {
                 let first = self.shard_name(first).to_owned();
@@ -208,7 +246,8 @@ impl TensorStore {
         }
         self.shards.push(Shard {
             name: name.to_owned(),
-            map,
+            map: Arc::new(map),
+            metadata: header.metadata,
         });
         Ok(true)
     }

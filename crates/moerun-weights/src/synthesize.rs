@@ -4,23 +4,27 @@
 //! disk; on any error that directory is removed. Weights are made piece by piece: memory does not grow with the model.
 
 mod config;
+mod element;
+mod packed;
 mod random;
 mod shards;
-mod space;
-mod staging;
 mod tokenizer;
 
 use std::{
-    io,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
 };
 
 use moerun_types::{ConfigError, ModelConfig, NumberFormat};
 
-use crate::expected_tensors;
+use crate::{
+    ParameterCounts, WriteError, expected_tensors,
+    packed::{PackedPlan, Writing as PackedWriting, packed_tensors},
+    staging::{FreeSpace, REAL_SPACE, Staging, check_room, stop_if_interrupted},
+};
+use element::Element;
 use shards::{PlannedTensor, ShardPlan, Writing};
-use staging::Staging;
+use tokenizer::TextFile;
 
 /// Largest shard that is written unless a single tensor is larger.
 pub const DEFAULT_SHARD_BYTES: u64 = 4 << 30;
@@ -34,7 +38,7 @@ pub struct SynthesizeRequest<'a> {
     pub layers: Option<usize>,
     /// Seed of the weights: one seed, shape and format give one checkpoint, byte for byte.
     pub seed: u64,
-    /// How weights are stored.
+    /// How weights are stored: plain tensors in f32 or bf16, a packed checkpoint in the quantised formats.
     pub dtype: NumberFormat,
     /// Directory to make; it must not exist, its parent must.
     pub out: &'a Path,
@@ -111,48 +115,9 @@ pub enum SynthesizeError {
         /// `vocab_size`.
         found: usize,
     },
-    /// Something is where the checkpoint shall be.
-    #[error("{path} exists already; nothing was changed")]
-    Exists {
-        /// What exists.
-        path: PathBuf,
-    },
-    /// The path names no directory that could be made.
-    #[error("{path}: wanted the path of a new directory")]
-    OutPath {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The disk is too full.
-    #[error("{path}: {needed_bytes} bytes are needed, {available_bytes} are free")]
-    NoSpace {
-        /// Where the checkpoint would be.
-        path: PathBuf,
-        /// What it would take.
-        needed_bytes: u64,
-        /// What there is.
-        available_bytes: u64,
-    },
-    /// A file could not be written.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The work was told to stop.
-    #[error("interrupted; nothing was kept")]
-    Interrupted,
-}
-
-impl SynthesizeError {
-    fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
-        move |source| SynthesizeError::Io {
-            path: path.to_owned(),
-            source,
-        }
-    }
+    /// The checkpoint could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
 
 /// Makes a checkpoint: config, tokenizer with chat template, generation config, weights.
@@ -161,43 +126,104 @@ impl SynthesizeError {
 /// Whatever the error, nothing is left on the disk and an existing `out` is as it was. Free space is checked before
 /// anything is written.
 pub fn synthesize(request: &SynthesizeRequest<'_>) -> Result<SynthesizeReport, SynthesizeError> {
-    synthesize_with_space(request, space::available_bytes)
+    synthesize_with_space(request, REAL_SPACE)
 }
 
-/// As [`synthesize`], with the free space of a directory told by `available_bytes`.
+/// As [`synthesize`], with another free space.
 fn synthesize_with_space(
     request: &SynthesizeRequest<'_>,
-    available_bytes: impl FnOnce(&Path) -> io::Result<u64>,
+    free_space: FreeSpace<'_>,
 ) -> Result<SynthesizeReport, SynthesizeError> {
-    let (config, config_json) = config::prepare(request.config_json, request.layers, request.dtype)?;
+    match Element::of(request.dtype) {
+        Some(dtype) => synthesize_plain(request, dtype, free_space),
+        None => synthesize_packed(request, free_space),
+    }
+}
+
+/// Tensors of elements, as models are released.
+fn synthesize_plain(
+    request: &SynthesizeRequest<'_>,
+    dtype: Element,
+    free_space: FreeSpace<'_>,
+) -> Result<SynthesizeReport, SynthesizeError> {
+    let (config, config_json) = config::prepare(request.config_json, request.layers, dtype)?;
     let text_files = tokenizer::files(&config)?;
-    let plans = shards::split(planned_tensors(&config), request.dtype, request.max_shard_bytes);
+    let plans = shards::split(planned_tensors(&config), dtype, request.max_shard_bytes);
     let weight_bytes: u64 = plans.iter().map(|plan| plan.data_bytes).sum();
-
-    staging::refuse_existing(request.out)?;
-    let parent = staging::parent(request.out)?;
-    let text_bytes: usize = config_json.len() + text_files.iter().map(|file| file.text.len()).sum::<usize>();
     let header_bytes: usize = plans.iter().map(|plan| plan.header.len()).sum();
-    // The index repeats the names of the headers; a file system spends some blocks on directories and metadata too.
-    let needed_bytes = weight_bytes + (text_bytes + 2 * header_bytes) as u64 + (1 << 20);
-    let available_bytes = available_bytes(parent).map_err(SynthesizeError::io(parent))?;
-    if available_bytes < needed_bytes {
-        return Err(SynthesizeError::NoSpace {
-            path: request.out.to_owned(),
-            needed_bytes,
-            available_bytes,
-        });
-    }
+    // The index repeats the names of the headers.
+    let text_bytes = text_bytes(&config_json, &text_files) + 2 * header_bytes as u64;
+    check_room(request.out, weight_bytes + text_bytes, free_space)?;
 
-    let staging = Staging::create(request.out)?;
-    staging.write("config.json", &config_json)?;
-    for file in &text_files {
-        staging.write(file.name, &file.text)?;
-    }
-    write_weights(&staging, request, &plans, weight_bytes)?;
+    let staging = stage(request, &config_json, &text_files)?;
+    write_weights(&staging, request, dtype, &plans, weight_bytes)?;
     stop_if_interrupted(request.interrupted)?;
     staging.publish(request.out)?;
-    Ok(report(request, &config, &plans, weight_bytes))
+    Ok(report(request, dtype, &config, &plans, weight_bytes))
+}
+
+/// Blocks of codes, packed as they are held.
+fn synthesize_packed(
+    request: &SynthesizeRequest<'_>,
+    free_space: FreeSpace<'_>,
+) -> Result<SynthesizeReport, SynthesizeError> {
+    let (seed, format) = (request.seed, request.dtype);
+    let (config, config_json) = config::prepare(request.config_json, request.layers, Element::Bf16)?;
+    let text_files = tokenizer::files(&config)?;
+    let tensors = packed_tensors(&config, format);
+    let count = tensors.len();
+    let plan = PackedPlan::new(
+        tensors,
+        &packed::metadata(&config_json, seed, format),
+        request.max_shard_bytes,
+    );
+    let text_bytes = text_bytes(&config_json, &text_files);
+    check_room(request.out, plan.file_bytes() + text_bytes, free_space)?;
+
+    let staging = stage(request, &config_json, &text_files)?;
+    let progress = |written_bytes, total_bytes| {
+        if let Some(progress) = request.progress {
+            progress(SynthesizeProgress {
+                written_bytes,
+                total_bytes,
+            });
+        }
+    };
+    let writing = PackedWriting {
+        progress: Some(&progress),
+        interrupted: request.interrupted,
+    };
+    plan.write(&staging, &writing, &|tensor| {
+        packed::make(&config, format, seed, tensor)
+    })?;
+    stop_if_interrupted(request.interrupted)?;
+    staging.publish(request.out)?;
+    Ok(SynthesizeReport {
+        dir: request.out.to_owned(),
+        layers: config.layers.len(),
+        tensors: count,
+        parameters: ParameterCounts::of(&config).total,
+        weight_bytes: plan.data_bytes,
+        shards: plan.num_files(),
+    })
+}
+
+fn text_bytes(config_json: &str, text_files: &[TextFile]) -> u64 {
+    (config_json.len() + text_files.iter().map(|file| file.text.len()).sum::<usize>()) as u64
+}
+
+/// The directory with everything but the weights.
+fn stage(
+    request: &SynthesizeRequest<'_>,
+    config_json: &str,
+    text_files: &[TextFile],
+) -> Result<Staging, SynthesizeError> {
+    let staging = Staging::create(request.out)?;
+    staging.write("config.json", config_json.as_bytes())?;
+    for file in text_files {
+        staging.write(file.name, file.text.as_bytes())?;
+    }
+    Ok(staging)
 }
 
 fn planned_tensors(config: &ModelConfig) -> Vec<PlannedTensor> {
@@ -213,6 +239,7 @@ fn planned_tensors(config: &ModelConfig) -> Vec<PlannedTensor> {
 fn write_weights(
     staging: &Staging,
     request: &SynthesizeRequest<'_>,
+    dtype: Element,
     plans: &[ShardPlan],
     total_bytes: u64,
 ) -> Result<(), SynthesizeError> {
@@ -228,28 +255,22 @@ fn write_weights(
         };
         let writing = Writing {
             seed: request.seed,
-            dtype: request.dtype,
+            dtype,
             progress: &progress,
             interrupted: request.interrupted,
         };
         shards::write(&staging.path().join(&plan.file), plan, &writing)?;
         before_bytes += plan.data_bytes;
     }
-    match shards::index(plans) {
-        Some(index) => staging.write("model.safetensors.index.json", &index),
-        None => Ok(()),
+    if let Some(index) = shards::index(plans) {
+        staging.write("model.safetensors.index.json", index.as_bytes())?;
     }
-}
-
-fn stop_if_interrupted(interrupted: Option<&AtomicBool>) -> Result<(), SynthesizeError> {
-    match interrupted {
-        Some(flag) if flag.load(Ordering::Relaxed) => Err(SynthesizeError::Interrupted),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 fn report(
     request: &SynthesizeRequest<'_>,
+    dtype: Element,
     config: &ModelConfig,
     plans: &[ShardPlan],
     weight_bytes: u64,
@@ -258,7 +279,7 @@ fn report(
         dir: request.out.to_owned(),
         layers: config.layers.len(),
         tensors: plans.iter().map(|plan| plan.tensors.len()).sum(),
-        parameters: weight_bytes / request.dtype.bytes() as u64,
+        parameters: weight_bytes / dtype.bytes() as u64,
         weight_bytes,
         shards: plans.len(),
     }

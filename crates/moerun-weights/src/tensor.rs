@@ -1,6 +1,7 @@
 //! One tensor of a checkpoint, read row by row as f32.
 
 mod keys_and_values;
+mod pack;
 mod row_blocks;
 
 use std::ops::Range;

@@ -1,10 +1,13 @@
-//! The compute thread and the bounded queue before it.
+//! The compute thread and the bounded queue before it, and the short way past both.
 
 use std::{
     any::Any,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
     thread::{self, JoinHandle},
     time::Instant,
 };
@@ -36,25 +39,32 @@ pub(crate) struct Job {
 }
 
 /// Handle to the compute thread, which ends when the last handle is dropped.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Compute {
+    run: Arc<Mutex<RunExperts>>,
     jobs: SyncSender<Job>,
     max_queue: usize,
+    inline_rows: usize,
     outstanding: watch::Sender<usize>,
 }
 
 impl Compute {
-    /// Starts the thread, with a queue of `max_queue` requests.
-    pub(crate) fn start(mut run: RunExperts, max_queue: usize) -> io::Result<(Self, JoinHandle<()>)> {
+    /// Starts the thread, with a queue of `max_queue` requests. Requests of at most `inline_rows` rows are run on the thread
+    /// that submits them while there are no others.
+    pub(crate) fn start(run: RunExperts, max_queue: usize, inline_rows: usize) -> io::Result<(Self, JoinHandle<()>)> {
+        let run = Arc::new(Mutex::new(run));
         let (jobs, queue) = sync_channel(max_queue);
+        let queue_run = Arc::clone(&run);
         let outstanding = watch::Sender::new(0);
         let finished = outstanding.clone();
         let thread = thread::Builder::new()
             .name("moerun-compute".to_owned())
-            .spawn(move || serve_queue(&queue, &mut run, &finished))?;
+            .spawn(move || serve_queue(&queue, &queue_run, &finished))?;
         let compute = Self {
+            run,
             jobs,
             max_queue,
+            inline_rows,
             outstanding,
         };
         Ok((compute, thread))
@@ -65,9 +75,23 @@ impl Compute {
         self.max_queue
     }
 
-    /// Queues a request, or answers it at once that the queue is full.
+    /// Runs a small request at once if nothing else is queued or running, else queues it, or answers it at once that the
+    /// queue is full.
     pub(crate) fn submit(&self, job: Job) {
-        self.outstanding.send_modify(|count| *count += 1);
+        let is_small = job.work.activations.rows() <= self.inline_rows;
+        let mut is_alone = false;
+        self.outstanding.send_modify(|count| {
+            is_alone = *count == 0;
+            *count += 1;
+        });
+        if is_small
+            && is_alone
+            && let Ok(mut run) = self.run.try_lock()
+        {
+            // To wake the compute thread and to be woken by it costs more than a row's experts of a small model.
+            finish(job, &mut run, &self.outstanding);
+            return;
+        }
         let (job, failure) = match self.jobs.try_send(job) {
             Ok(()) => return,
             Err(TrySendError::Full(job)) => (job, ExecuteFailure::Overloaded),
@@ -94,15 +118,32 @@ impl Compute {
     }
 }
 
-fn serve_queue(queue: &Receiver<Job>, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
+impl std::fmt::Debug for Compute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compute")
+            .field("outstanding", &self.outstanding())
+            .finish_non_exhaustive()
+    }
+}
+
+fn serve_queue(queue: &Receiver<Job>, run: &Mutex<RunExperts>, outstanding: &watch::Sender<usize>) {
     flush_denormals();
     while let Ok(job) = queue.recv() {
-        if !job.abandoned.is_cancelled() {
-            let response = answer(&job, run);
-            job.reply.send(Ok(response));
-        }
-        outstanding.send_modify(|count| *count -= 1);
+        // What panics is caught while the lock is held, so it is never poisoned.
+        finish(
+            job,
+            &mut run.lock().unwrap_or_else(PoisonError::into_inner),
+            outstanding,
+        );
     }
+}
+
+fn finish(job: Job, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
+    if !job.abandoned.is_cancelled() {
+        let response = answer(&job, run);
+        job.reply.send(Ok(response));
+    }
+    outstanding.send_modify(|count| *count -= 1);
 }
 
 fn answer(job: &Job, run: &mut RunExperts) -> v1::ExecuteResponse {

@@ -4,13 +4,14 @@ use std::{path::PathBuf, time::Duration};
 
 use moerun_routing::ShardSpec;
 use moerun_types::{CombineMode, NumberFormat};
+use moerun_weights::Load;
 
 /// What a worker is told.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
     /// Checkpoint directory; only the expert tensors need be there.
     pub model_dir: PathBuf,
-    /// `host:port` to listen on; port 0 takes a free one.
+    /// `host:port` to listen on, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
     /// Which experts, or slices of them, to hold.
     pub shard: ShardSpec,
@@ -20,12 +21,16 @@ pub struct WorkerConfig {
     pub combine: CombineMode,
     /// Block of the exact combine; `None` = by the experts' width.
     pub combine_block: Option<usize>,
+    /// How packed weights come into memory.
+    pub load: Load,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed, of all gateways together; one more is answered `OVERLOADED`.
     pub max_queue: usize,
     /// How long a drain may take before what is left is abandoned.
     pub drain_timeout: Duration,
+    /// How long the data plane looks for the next request before it sleeps.
+    pub patience: Duration,
 }
 
 impl WorkerConfig {
@@ -38,9 +43,11 @@ impl WorkerConfig {
             weights: None,
             combine: CombineMode::Exact,
             combine_block: None,
+            load: Load::default(),
             threads: moerun_process::available_threads(),
             max_queue: 256,
             drain_timeout: Duration::from_secs(30),
+            patience: Duration::ZERO,
         }
     }
 }

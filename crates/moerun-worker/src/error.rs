@@ -15,6 +15,9 @@ pub enum WorkerError {
     /// The shard does not fit the model.
     #[error(transparent)]
     Shard(#[from] moerun_routing::ShardError),
+    /// The number format cannot have that combine block.
+    #[error(transparent)]
+    Numerics(#[from] moerun_types::NumericsError),
     /// A setting makes no sense.
     #[error("{setting}: wanted {wanted}, found {found}")]
     Setting {

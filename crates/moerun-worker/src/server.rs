@@ -1,16 +1,17 @@
 //! The gRPC server of a worker: experts, health, reflection; and how it ends.
 
 use std::{
-    net::TcpListener,
+    pin::Pin,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
-use moerun_process::Shutdown;
+use moerun_process::{Listener, Shutdown, SocketFile};
 use moerun_proto::{
     CONNECTION_WINDOW_BYTES, FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
     STREAM_WINDOW_BYTES, v1::expert_service_server::ExpertServiceServer,
 };
+use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     server::NamedService,
@@ -56,15 +57,19 @@ pub(crate) struct ExpertsServer {
     /// Changed when they are.
     pub(crate) health: Health,
     /// Runs until shutdown.
-    pub(crate) run: std::pin::Pin<Box<dyn Future<Output = Result<(), WorkerError>> + Send>>,
+    pub(crate) run: Serving,
 }
 
-/// Prepares the server; it accepts as soon as `run` is polled. Call it inside the data plane's runtime.
+type Serving = Pin<Box<dyn Future<Output = Result<(), WorkerError>> + Send>>;
+
+/// Prepares the server; it accepts as soon as `run` is polled. Call it inside the data plane's runtime. A Unix socket's file
+/// is the caller's to keep.
 pub(crate) async fn prepare(
-    listener: TcpListener,
+    listener: Listener,
     shutdown: Shutdown,
     drain_timeout: Duration,
-) -> Result<ExpertsServer, WorkerError> {
+    patience: Duration,
+) -> Result<(ExpertsServer, Option<SocketFile>), WorkerError> {
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = Health { reporter };
     health.set(ServingStatus::NotServing).await;
@@ -73,22 +78,18 @@ pub(crate) async fn prepare(
         what: "listener",
         source,
     };
-    listener.set_nonblocking(true).map_err(start)?;
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(start)?;
-    // tonic's own `tcp_nodelay` is ignored for a given listener; without it a hop can take 40 ms.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-
     let closing = CancellationToken::new();
     let loaded = Arc::new(OnceLock::new());
     let experts = Experts {
         loaded: loaded.clone(),
         shutdown: shutdown.clone(),
         closing: closing.clone(),
+        patience,
     };
     let expert_service = ExpertServiceServer::new(experts)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
-    let server = Server::builder()
+    let router = Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(MAX_FRAME_BYTES)
@@ -99,8 +100,8 @@ pub(crate) async fn prepare(
         .add_service(expert_service)
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(reflection_error)?)
-        .add_service(reflection().build_v1alpha().map_err(reflection_error)?)
-        .serve_with_incoming_shutdown(incoming, closing.clone().cancelled_owned());
+        .add_service(reflection().build_v1alpha().map_err(reflection_error)?);
+    let closed = closing.clone().cancelled_owned();
     let end = End {
         shutdown,
         health: health.clone(),
@@ -108,11 +109,23 @@ pub(crate) async fn prepare(
         closing,
         drain_timeout,
     };
-    Ok(ExpertsServer {
-        loaded,
-        health,
-        run: Box::pin(end.serve_until_shutdown(server)),
-    })
+    let (run, socket): (Serving, _) = match listener {
+        Listener::Tcp(listener) => {
+            listener.set_nonblocking(true).map_err(start)?;
+            let listener = tokio::net::TcpListener::from_std(listener).map_err(start)?;
+            // tonic's own `tcp_nodelay` is ignored for a given listener; without it a hop can take 40 ms.
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            let server = router.serve_with_incoming_shutdown(incoming, closed);
+            (Box::pin(end.serve_until_shutdown(server)), None)
+        }
+        Listener::Unix(listener, file) => {
+            listener.set_nonblocking(true).map_err(start)?;
+            let listener = tokio::net::UnixListener::from_std(listener).map_err(start)?;
+            let server = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), closed);
+            (Box::pin(end.serve_until_shutdown(server)), Some(file))
+        }
+    };
+    Ok((ExpertsServer { loaded, health, run }, socket))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

@@ -4,12 +4,12 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use moerun_process::Shutdown;
+use moerun_process::{Shutdown, spin_then_wait};
 use moerun_proto::{
-    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_failure, speaks_same_major,
+    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, speaks_same_major,
     v1::{self, expert_service_server::ExpertService},
 };
 use tokio::sync::mpsc;
@@ -43,6 +43,8 @@ pub(crate) struct Experts {
     pub(crate) shutdown: Shutdown,
     /// When cancelled, streams end.
     pub(crate) closing: CancellationToken,
+    /// How long to look for a stream's next request before sleeping.
+    pub(crate) patience: Duration,
 }
 
 impl Experts {
@@ -99,10 +101,11 @@ impl Experts {
         replies: mpsc::Sender<Result<v1::ExecuteResponse, Status>>,
         abandoned: CancellationToken,
     ) {
+        let mut patience = Duration::ZERO;
         loop {
             let next = async {
                 let reply = replies.clone().reserve_owned().await.ok()?;
-                Some((requests.message().await, reply))
+                Some((spin_then_wait(patience, requests.message()).await, reply))
             };
             let (message, reply) = tokio::select! {
                 () = self.closing.cancelled() => return,
@@ -113,7 +116,10 @@ impl Experts {
                 },
             };
             match message {
-                Ok(Some(request)) => self.take(&request, reply, &abandoned),
+                Ok(Some(request)) => {
+                    self.take(&request, reply, &abandoned);
+                    patience = self.patience; // where one layer asks, the next soon will
+                }
                 // The gateway has said all it wanted to; answers still go out.
                 Ok(None) => return,
                 // Either the gateway is gone, or it sent what is no message, and is told so.
@@ -143,6 +149,10 @@ impl Experts {
                 },
             );
         };
+        if !request.echo.is_empty() {
+            reply.send(Ok(encode_echo(request)));
+            return;
+        }
         match decode_request(request, &loaded.limits) {
             Ok(work) => loaded.compute.submit(Job {
                 work,

@@ -1,7 +1,7 @@
 //! Starts a worker in the order in which it can fail cheaply: settings, shard, memory, address; then load; then ready.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    io,
     sync::{Arc, OnceLock},
     thread::JoinHandle,
     time::Duration,
@@ -9,7 +9,7 @@ use std::{
 
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
-use moerun_process::{DataPlane, LoadProgress, Shutdown};
+use moerun_process::{Address, DataPlane, Listener, LoadProgress, Shutdown, SocketFile};
 use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
 use moerun_types::{Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, Needs};
@@ -24,20 +24,25 @@ use crate::{
     service::Loaded,
 };
 
+/// Rows of a request that is run where it is read: decoding, whose messages are short and whose answer is waited for.
+const INLINE_ROWS: usize = 8;
+
 /// A running worker. Dropping it stops it at once; [`Worker::wait`] lets it end in order.
 #[derive(Debug)]
 pub struct Worker {
-    address: SocketAddr,
+    address: Address,
     shutdown: Shutdown,
     server: Option<Task<Result<(), WorkerError>>>,
     compute: Option<JoinHandle<()>>,
+    // Before the data plane: no file tells of a door that is closed.
+    _socket: Option<SocketFile>,
     data_plane: DataPlane,
 }
 
 /// How a worker serves what it holds.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
-    /// `host:port`; port 0 takes a free one.
+    /// `host:port`, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
     /// Threads that compute, at least 1.
     pub threads: usize,
@@ -45,6 +50,11 @@ pub struct ServeOptions {
     pub max_queue: usize,
     /// How long a drain may take.
     pub drain_timeout: Duration,
+    /// Requests of at most this many rows are run on the data plane's own thread while there are no others: no thread is
+    /// woken for them. 0 = none.
+    pub inline_rows: usize,
+    /// How long to look for a stream's next request before sleeping.
+    pub patience: Duration,
 }
 
 impl Worker {
@@ -53,30 +63,32 @@ impl Worker {
     /// Before anything large is read, the shard is resolved, its memory is reckoned, and the address is taken. While it
     /// loads, health says `NOT_SERVING` and a handshake is answered `UNAVAILABLE`.
     pub fn start(config: &WorkerConfig, shutdown: Shutdown) -> Result<Self, WorkerError> {
-        at_least_one("combine_block", config.combine_block.unwrap_or(1))?;
         let options = ServeOptions {
             listen: config.listen.clone(),
             threads: config.threads,
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
+            inline_rows: INLINE_ROWS,
+            patience: config.patience,
         };
-        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?;
+        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?.loading(config.load);
         let model = checkpoint.config();
         let Some(moe) = &model.moe else {
             return Err(WorkerError::DenseModel);
         };
-        let numerics = Numerics {
-            format: config.weights.unwrap_or_else(|| checkpoint.default_format()),
-            combine: config.combine,
-            combine_block: config
+        let numerics = Numerics::checked(
+            config.weights.unwrap_or_else(|| checkpoint.default_format()),
+            config.combine,
+            config
                 .combine_block
                 .unwrap_or_else(|| default_combine_block(moe.intermediate)),
-        };
+        )?;
         let slices = config.shard.resolve(model, &numerics)?;
         if slices.is_empty() {
             tracing::warn!("shard {} holds nothing of this model", config.shard);
         }
-        memory::check_fits(model, &slices, numerics)?;
+        checkpoint.check_format(numerics.format)?;
+        memory::check_fits(&checkpoint, &slices, numerics)?;
         let listening = Listening::start(options, shutdown)?;
 
         let mut hashing = LoadProgress::counting("expert hashes");
@@ -103,8 +115,8 @@ impl Worker {
     }
 
     /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn address(&self) -> &Address {
+        &self.address
     }
 
     /// What ends it.
@@ -147,7 +159,8 @@ impl Drop for Worker {
 /// An address that is taken, a server on it, no experts yet.
 struct Listening {
     options: ServeOptions,
-    address: SocketAddr,
+    address: Address,
+    socket: Option<SocketFile>,
     shutdown: Shutdown,
     data_plane: DataPlane,
     loaded: Arc<OnceLock<Loaded>>,
@@ -163,19 +176,25 @@ impl Listening {
             address: options.listen.clone(),
             source,
         };
-        let listener = TcpListener::bind(&options.listen).map_err(listen)?;
-        let address = listener.local_addr().map_err(listen)?;
+        let wanted = Address::parse(&options.listen)
+            .map_err(|reason| listen(io::Error::new(io::ErrorKind::InvalidInput, reason)))?;
+        let listener = Listener::bind(&wanted).map_err(listen)?;
+        let address = listener.address().map_err(listen)?;
+        if let Address::Unix(path) = &address {
+            shutdown.remove_at_end(path.clone());
+        }
         let data_plane = DataPlane::start("moerun-data").map_err(|source| WorkerError::Start {
             what: "data plane",
             source,
         })?;
-        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout);
-        let prepared = data_plane.handle().block_on(preparing)?;
+        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout, options.patience);
+        let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);
         Ok(Self {
             options,
             address,
+            socket,
             shutdown,
             data_plane,
             loaded,
@@ -198,10 +217,13 @@ impl Listening {
         limits: ModelLimits,
         identity: &WorkerIdentity,
     ) -> Result<Worker, WorkerError> {
-        let (compute, thread) = Compute::start(run, self.options.max_queue).map_err(|source| WorkerError::Start {
-            what: "compute thread",
-            source,
-        })?;
+        let (compute, thread) =
+            Compute::start(run, self.options.max_queue, self.options.inline_rows).map_err(|source| {
+                WorkerError::Start {
+                    what: "compute thread",
+                    source,
+                }
+            })?;
         let handshake = encode_handshake(identity);
         if self
             .loaded
@@ -225,6 +247,7 @@ impl Listening {
             shutdown: self.shutdown,
             server: Some(self.server),
             compute: Some(thread),
+            _socket: self.socket,
             data_plane: self.data_plane,
         })
     }

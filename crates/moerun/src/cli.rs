@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::PossibleValuesParser};
+use moerun_process::Spin;
 use moerun_types::NumberFormat;
 use moerun_weights::SHAPES;
 
@@ -25,11 +26,13 @@ pub(crate) struct Cli {
 
 /// Settings that a command takes, so that one file and one environment serve all commands, but has no use for: its help
 /// does not name them.
-const UNUSED: [(&str, &[&str]); 3] = [
+const UNUSED: [(&str, &[&str]); 4] = [
+    ("bench", &["max_queue", "prefix_cache", "speculate", "served_name"]),
     (
         "worker",
         &[
             "kv_memory",
+            "kv_format",
             "max_context",
             "max_batch_tokens",
             "prefix_cache",
@@ -86,8 +89,12 @@ pub(crate) enum Command {
     Forward(ForwardArgs),
     /// Tell what a checkpoint is and what it needs
     Inspect(InspectArgs),
+    /// Pack a checkpoint in one number format, so that it is mapped at every start instead of being read and packed
+    Convert(ConvertArgs),
     /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
     Synthesize(SynthesizeArgs),
+    /// Measure a model, or with `kernels` and `hop` its parts, beside what the machine can do
+    Bench(BenchArgs),
 }
 
 /// `moerun serve`.
@@ -96,7 +103,7 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Worker processes to start on loopback and stop with this one; 0 = experts in this process [default: 0]
+    /// Worker processes to start on Unix sockets and stop with this one; 0 = experts in this process [default: 0]
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
 
@@ -111,7 +118,7 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Address of a worker, HOST:PORT; once for each
+    /// Address of a worker, HOST:PORT or unix:/PATH; once for each
     #[arg(long, value_name = "ADDR")]
     pub(crate) worker: Vec<String>,
 
@@ -126,7 +133,7 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     pub(crate) serving: ServingFlags,
 
-    /// Address to listen on; port 0 takes a free one [default: 127.0.0.1:50061]
+    /// Address to listen on: HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50061]
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
 
@@ -177,7 +184,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
 
-    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
     #[arg(long, value_name = "N", conflicts_with = "connect")]
     pub(crate) workers: Option<usize>,
 
@@ -236,7 +243,7 @@ pub(crate) struct ForwardArgs {
     #[arg(long)]
     pub(crate) capture: bool,
 
-    /// Worker processes to start on loopback for the experts; 0 = experts in this process
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
 }
@@ -251,6 +258,23 @@ pub(crate) struct InspectArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `moerun convert`.
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// Checkpoint directory or GGUF file
+    #[arg(long, value_name = "DIR|FILE")]
+    pub(crate) model: PathBuf,
+
+    /// Format to pack in: f32, bf16, int8, int4 or mxfp4, as --weights of the serving commands; they run it in no other
+    /// [default: as most of the experts are stored]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) weights: Option<NumberFormat>,
+
+    /// Directory to write; must not exist
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
 }
 
 /// `moerun synthesize`.
@@ -282,13 +306,128 @@ pub(crate) struct SynthesizeArgs {
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// Type of the tensors: f32 or bf16
+    /// Plain tensors of f32 or bf16, or a packed checkpoint in int8, int4 or mxfp4
     #[arg(long, value_name = "FORMAT", default_value = "bf16")]
     pub(crate) weights: NumberFormat,
 
     /// List the shapes, one a line
     #[arg(long, exclusive = true)]
     pub(crate) list: bool,
+}
+
+/// `moerun bench`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) part: Option<BenchPart>,
+
+    #[command(flatten)]
+    pub(crate) model: BenchModelArgs,
+}
+
+/// A part that is measured alone.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchPart {
+    /// Expert feed-forwards on 1 to 256 rows, in every number format
+    Kernels(BenchKernelsArgs),
+    /// A round trip between gateway and worker, beside a plain socket's
+    Hop(BenchHopArgs),
+}
+
+/// `moerun bench --model DIR`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Worker processes to start on this machine for the experts; 0 = experts in this process
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<usize>,
+
+    /// Tokens of each prompt, drawn at random
+    #[arg(long, value_name = "P", default_value_t = 512)]
+    pub(crate) prompt_tokens: usize,
+
+    /// Tokens that each sequence generates while it is measured
+    #[arg(long, value_name = "G", default_value_t = 64)]
+    pub(crate) gen_tokens: usize,
+
+    /// Sequences that generate at the same time, one measurement each
+    #[arg(long, value_name = "B,…", value_delimiter = ',', default_value = "1")]
+    pub(crate) batch: Vec<usize>,
+
+    /// Measurements of each kind, after one that is not counted
+    #[arg(long, value_name = "R", default_value_t = 7)]
+    pub(crate) repeat: usize,
+
+    /// Seed of the prompts
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `moerun bench kernels`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchKernelsArgs {
+    /// Shapes whose experts are run
+    #[arg(
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        value_parser = PossibleValuesParser::new(SHAPES.iter().map(|shape| shape.name)),
+        default_value = "olmoe-1b-7b,granite-3.1-1b-a400m"
+    )]
+    pub(crate) shape: Vec<String>,
+
+    /// Only this number format [default: all]
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) weights: Option<NumberFormat>,
+
+    /// Rows that each expert is run on
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16,32,64,128,256"
+    )]
+    pub(crate) rows: Vec<usize>,
+
+    /// Threads that compute [default: the machine's cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `moerun bench hop`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchHopArgs {
+    /// Bytes of a message, each way
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "4096,32768,1048576"
+    )]
+    pub(crate) bytes: Vec<usize>,
+
+    /// Whether both ends of the stream look for what comes before they sleep: on, off, or auto, which does on different cores
+    #[arg(long, value_name = "auto|on|off", default_value = "auto")]
+    pub(crate) spin: Spin,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Be the other end of the plain socket
+    #[arg(long, value_name = "ADDR", hide = true)]
+    pub(crate) echo_on: Option<String>,
 }
 
 #[cfg(test)]

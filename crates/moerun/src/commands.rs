@@ -1,20 +1,24 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
+mod bench;
+mod convert;
 mod forward;
 mod gateway;
 mod generate;
 mod inspect;
 mod synthesize;
 mod worker;
+mod writing;
 
 use std::{
+    fmt::Display,
     io::{self, Write},
-    net::SocketAddr,
     process::ExitCode,
 };
 
-use moerun_kernels::{Isa, IsaError};
+use moerun_kernels::{Isa, IsaError, keep_freed_memory};
 use moerun_process::{Exit, TelemetryError, init_telemetry};
+use moerun_worker::WorkerError;
 
 use crate::{
     cli::{Cli, Command},
@@ -23,6 +27,7 @@ use crate::{
 
 /// Runs a command; what went wrong is the last line of standard error.
 pub(crate) fn run(cli: Cli) -> ExitCode {
+    keep_freed_memory();
     let done = |outcome: anyhow::Result<()>| outcome.map(|()| Exit::Success);
     let outcome = Isa::from_env()
         .map_err(anyhow::Error::from)
@@ -33,7 +38,9 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
+            Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
+            Command::Bench(args) => done(bench::run(args)),
         });
     let exit = match outcome {
         Ok(exit) => exit,
@@ -48,7 +55,11 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 
 /// Settings that make no sense, wherever they were found out.
 fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<SettingsError>() || error.is::<TelemetryError>() || error.is::<IsaError>()
+    let worker = error.downcast_ref::<WorkerError>();
+    error.is::<SettingsError>()
+        || error.is::<TelemetryError>()
+        || error.is::<IsaError>()
+        || matches!(worker, Some(WorkerError::Numerics(_)))
 }
 
 /// An error and its causes. A cause that the message before it repeats at its end is not said twice.
@@ -78,7 +89,7 @@ fn start_logging(settings: &mut Settings, default_filter: &str) -> Result<(), Te
 }
 
 /// The one line on standard output that tells a parent or an operator where the door is.
-fn print_ready(address: SocketAddr) -> io::Result<()> {
+fn print_ready(address: impl Display) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "ready grpc={address}")?;
     stdout.flush()

@@ -9,8 +9,9 @@ use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
-use moerun_process::LogFormat;
-use moerun_types::{CombineMode, NumberFormat};
+use moerun_process::{LogFormat, Spin};
+use moerun_types::{CombineMode, KvFormat, NumberFormat};
+use moerun_weights::Load;
 use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
@@ -19,15 +20,25 @@ use crate::size::ByteSize;
 /// (`MOERUN_MAX_CONTEXT` for `--max-context`), then to the file given with `--config`, then to the default.
 #[derive(Debug, Clone, Default, Args, Serialize)]
 pub(crate) struct ServingFlags {
-    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json) or GGUF file
+    /// Checkpoint directory (config.json, *.safetensors, tokenizer.json; also as convert writes it) or GGUF file
     #[arg(long, value_name = "DIR|FILE", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<PathBuf>,
 
-    /// How weights are held: f32 or bf16 [default: the checkpoint's own type]
+    /// How weights are held [default: as most of the experts are stored]: f32 (4 bytes a weight, nothing is rounded), bf16
+    /// (2; 8 bits of precision), int8 (1.06; 32 weights share a scale, close to bf16), int4 (0.56; likewise, visibly less
+    /// accurate; embedding and head in int8) or mxfp4 (0.53 for the experts of checkpoints that store it; embedding and
+    /// head in int8, the rest in bf16). Activations are rounded to bf16, and to int8 for the last three
     #[arg(long, value_name = "FORMAT", help_heading = "Model")]
     #[serde(skip_serializing_if = "Option::is_none")]
     weights: Option<NumberFormat>,
+
+    /// How packed weights come into memory: map uses them where their files are mapped, so that nothing is read before it
+    /// is needed and a model may be larger than memory; copy reads them at once, onto huge pages where the kernel allows
+    /// [default: map]. Other weights are always copied
+    #[arg(long, value_name = "map|copy", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load: Option<Load>,
 
     /// How partial sums of experts are added: exact (same bits for any number of workers) or fast [default: exact]
     #[arg(long, value_name = "MODE", help_heading = "Model")]
@@ -49,6 +60,12 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<ByteSize>,
+
+    /// How keys and values are held: f32, bf16 or int8 (a byte each and a scale per token and head); answers stay equal
+    /// bit for bit within one format [default: f32]
+    #[arg(long, value_name = "FORMAT", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_format: Option<KvFormat>,
 
     /// Longest sequence, prompt and answer together [default: what the checkpoint supports]
     #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
@@ -76,6 +93,12 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "TOKENS", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     speculate: Option<usize>,
+
+    /// Whether threads that wait for another process look for its answer for 50 µs before they sleep: on, off, or auto,
+    /// which does where the host has a core for every computing thread [default: auto]
+    #[arg(long, value_name = "auto|on|off", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spin: Option<Spin>,
 
     /// Name of the model in requests [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
@@ -172,6 +195,8 @@ pub(crate) struct Settings {
     pub(crate) model: Option<PathBuf>,
     /// How weights are held; `None` = the checkpoint's own type.
     pub(crate) weights: Option<NumberFormat>,
+    /// How packed weights come into memory.
+    pub(crate) load: Load,
     /// Exact or fast combine.
     pub(crate) combine: CombineMode,
     /// Block of the exact combine; `None` = by the experts' width.
@@ -180,6 +205,8 @@ pub(crate) struct Settings {
     pub(crate) threads: Option<usize>,
     /// Memory for keys and values; `None` = by the context and what is free.
     pub(crate) kv_memory: Option<ByteSize>,
+    /// How keys and values are held.
+    pub(crate) kv_format: KvFormat,
     /// Longest sequence; `None` = the checkpoint's.
     pub(crate) max_context: Option<usize>,
     /// Most rows in one forward pass.
@@ -190,6 +217,8 @@ pub(crate) struct Settings {
     pub(crate) prefix_cache: Switch,
     /// Most tokens guessed and verified in one step.
     pub(crate) speculate: usize,
+    /// Whether threads that wait for another process spin first.
+    pub(crate) spin: Spin,
     /// Name of the model in requests; `None` = the directory's name.
     pub(crate) served_name: Option<String>,
     /// `text` or `json`.
@@ -215,15 +244,18 @@ impl Default for Settings {
         Settings {
             model: None,
             weights: None,
+            load: Load::default(),
             combine: CombineMode::Exact,
             combine_block: None,
             threads: None,
             kv_memory: None,
+            kv_format: KvFormat::F32,
             max_context: None,
             max_batch_tokens: 512,
             max_queue: 256,
             prefix_cache: Switch::On,
             speculate: 0,
+            spin: Spin::Auto,
             served_name: None,
             log_format: LogFormat::Text,
             log_level: None,
@@ -374,7 +406,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         writeln!(
             file,
-            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nworker = [\"a:1\"]"
+            "max_context = 64\nmax_queue = 7\nprefix_cache = \"off\"\nspeculate = 4\nkv_memory = \"3MiB\"\nkv_format = \"int8\"\nworker = [\"a:1\"]"
         )
         .unwrap();
         let flags = ServingFlags {
@@ -387,6 +419,7 @@ mod tests {
         assert_eq!(settings.max_queue, 7);
         assert_eq!((settings.prefix_cache, settings.speculate), (Switch::Off, 4));
         assert_eq!(settings.kv_memory, Some(ByteSize(3 << 20)));
+        assert_eq!(settings.kv_format, KvFormat::Int8);
         assert_eq!(settings.worker, ["a:1"]);
         assert_eq!(settings.max_batch_tokens, 512);
     }
@@ -397,10 +430,13 @@ mod tests {
             ("max_contxt = 64", "max_contxt"),
             ("max_queue = 0", "max_queue"),
             ("prefix_cache = \"maybe\"", "prefix_cache"),
+            ("spin = \"maybe\"", "spin"),
             ("speculate = 257", "speculate"),
             ("weights = \"f64\"", "weights"),
+            ("load = \"fast\"", "load"),
             ("combine_block = 12", "combine_block"),
             ("kv_memory = \"lots\"", "kv_memory"),
+            ("kv_format = \"int3\"", "kv_format"),
             ("max_context = = 64", "line 1, column"),
         ] {
             let mut file = tempfile::NamedTempFile::new().unwrap();

@@ -9,8 +9,8 @@ use moerun_dispatch::{
 use moerun_engine::{Engine, EngineConfig};
 use moerun_gateway::{Gateway, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
-use moerun_model::{ExpertBank, Model};
-use moerun_process::{LoadProgress, available_threads, threads_per_worker};
+use moerun_model::{ExpertBank, KvCache, Model};
+use moerun_process::{Address, LoadProgress, SocketFolder, available_threads, threads_per_worker};
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
@@ -41,7 +41,13 @@ pub(crate) struct Experts {
     numerics: Numerics,
     kv_memory_bytes: u64,
     max_context: usize,
-    _workers: Option<LocalWorkers>,
+    _workers: Option<StartedWorkers>,
+}
+
+/// Worker processes, and the folder of their sockets, which goes after them.
+struct StartedWorkers {
+    processes: LocalWorkers,
+    _sockets: Option<SocketFolder>,
 }
 
 /// Where the experts are.
@@ -54,6 +60,25 @@ enum Place {
 }
 
 impl Experts {
+    /// Starts an engine on them.
+    pub(crate) fn start_engine(&self, settings: &Settings) -> anyhow::Result<Engine> {
+        let config = EngineConfig {
+            kv_memory_bytes: self.kv_memory_bytes,
+            kv_format: settings.kv_format,
+            max_context: self.max_context,
+            max_batch_tokens: settings.max_batch_tokens,
+            max_queue: settings.max_queue,
+            prefix_cache: settings.prefix_cache == Switch::On,
+            speculate: settings.speculate,
+        };
+        Ok(Engine::start(
+            Arc::clone(&self.model),
+            Arc::clone(&self.backend),
+            Arc::clone(&self.pool),
+            config,
+        )?)
+    }
+
     /// Loads the model and its experts: in this process, or in `settings.workers` processes that it starts.
     pub(crate) fn start(settings: &Settings) -> anyhow::Result<Self> {
         let place = if settings.workers == 0 {
@@ -76,7 +101,7 @@ impl Experts {
         } else {
             Needs::All
         };
-        let checkpoint = Arc::new(Checkpoint::open(dir, needs)?);
+        let checkpoint = Arc::new(Checkpoint::open(dir, needs)?.loading(settings.load));
         let config = checkpoint.config();
         let place = match place {
             Place::Local(_) if config.moe.is_none() => {
@@ -90,10 +115,18 @@ impl Experts {
             }
             place => place,
         };
-        let numerics = numerics(settings, &checkpoint);
+        let numerics = numerics(settings, &checkpoint)?;
         let max_context = max_context(settings, config)?;
         let experts_on_this_machine = !matches!(place, Place::Remote(_));
-        let kv_memory_bytes = reckon_memory(settings, config, numerics.format, max_context, experts_on_this_machine)?;
+        checkpoint.check_format(numerics.format)?;
+        let weights = Weights {
+            need: MemoryNeed::of(config, numerics.format),
+            format: numerics.format,
+            experts_on_this_machine,
+            mapped: checkpoint.is_mapped(),
+            kv_bytes_per_token: KvCache::bytes_per_token(config, settings.kv_format),
+        };
+        let kv_memory_bytes = reckon_memory(settings, weights, max_context, available_memory_bytes())?;
 
         let workers = match &place {
             Place::Local(count) => Some(start_workers(settings, dir, config, numerics, *count)?),
@@ -110,12 +143,15 @@ impl Experts {
             Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
             Place::Local(_) | Place::Remote(_) => {
                 let addresses = match (&workers, place) {
-                    (Some(workers), _) => workers.addresses().to_vec(),
+                    (Some(workers), _) => workers.processes.addresses().to_vec(),
                     (None, Place::Remote(addresses)) => addresses,
                     (None, _) => Vec::new(),
                 };
                 let remote = RemoteConfig {
                     startup_timeout: START_UP_TIMEOUT,
+                    patience: settings
+                        .spin
+                        .patience(computing_threads(settings, &addresses), available_threads()),
                     ..RemoteConfig::new(addresses)
                 };
                 Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
@@ -147,20 +183,7 @@ impl Serving {
     pub(crate) fn start(settings: &Settings, experts: Experts) -> anyhow::Result<Self> {
         let dir = settings.model_dir()?;
         let codec = TextCodec::load(dir)?;
-        let engine_config = EngineConfig {
-            kv_memory_bytes: experts.kv_memory_bytes,
-            max_context: experts.max_context,
-            max_batch_tokens: settings.max_batch_tokens,
-            max_queue: settings.max_queue,
-            prefix_cache: settings.prefix_cache == Switch::On,
-            speculate: settings.speculate,
-        };
-        let engine = Engine::start(
-            Arc::clone(&experts.model),
-            Arc::clone(&experts.backend),
-            Arc::clone(&experts.pool),
-            engine_config,
-        )?;
+        let engine = experts.start_engine(settings)?;
         let gateway = Gateway::new(GatewayParts {
             engine: engine.handle(),
             codec,
@@ -186,16 +209,29 @@ fn directory_name(dir: &Path) -> String {
         .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
+/// Threads that compute on this host, as far as is known: this process' own, and those of workers here.
+fn computing_threads(settings: &Settings, workers: &[String]) -> usize {
+    let own = settings.threads.unwrap_or_else(available_threads);
+    let is_here = |worker: &&String| Address::parse(worker).is_ok_and(|it| it.is_on_this_host());
+    let here = workers.iter().filter(is_here).count();
+    let each = match settings.workers {
+        0 => 1, // started by someone else: at least one
+        count => threads_per_worker(own, count),
+    };
+    own + here * each
+}
+
 /// What gateway and workers must agree on.
-fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Numerics {
+fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Result<Numerics, SettingsError> {
     let intermediate = checkpoint.config().moe.as_ref().map_or(0, |moe| moe.intermediate);
-    Numerics {
-        format: settings.weights.unwrap_or_else(|| checkpoint.default_format()),
-        combine: settings.combine,
-        combine_block: settings
+    Numerics::checked(
+        settings.weights.unwrap_or_else(|| checkpoint.default_format()),
+        settings.combine,
+        settings
             .combine_block
             .unwrap_or_else(|| default_combine_block(intermediate)),
-    }
+    )
+    .map_err(|error| SettingsError(error.to_string()))
 }
 
 fn max_context(settings: &Settings, config: &ModelConfig) -> anyhow::Result<usize> {
@@ -209,42 +245,64 @@ fn max_context(settings: &Settings, config: &ModelConfig) -> anyhow::Result<usiz
     }
 }
 
-/// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them.
+/// What is to be in memory beside keys and values.
+struct Weights {
+    need: MemoryNeed,
+    format: NumberFormat,
+    experts_on_this_machine: bool,
+    /// Whether they stay in mapped files, of which the kernel keeps in memory what is used.
+    mapped: bool,
+    /// Bytes of keys and values per token.
+    kv_bytes_per_token: u64,
+}
+
+/// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them. Mapped weights need not
+/// fit: they leave a quarter of the memory free.
 fn reckon_memory(
     settings: &Settings,
-    config: &ModelConfig,
-    format: NumberFormat,
+    weights: Weights,
     max_context: usize,
-    experts_on_this_machine: bool,
+    available: Option<u64>,
 ) -> anyhow::Result<u64> {
-    let need = MemoryNeed::of(config, format);
-    let experts = if experts_on_this_machine {
+    let need = weights.need;
+    let experts = if weights.experts_on_this_machine {
         need.all_experts_bytes
     } else {
         0
     };
-    let weights = need.gateway_bytes.saturating_add(experts);
-    let available = available_memory_bytes();
-    let free = available.map_or(u64::MAX, |available| available.saturating_sub(weights));
+    let all = need.gateway_bytes.saturating_add(experts);
+    let (resident, free) = match available {
+        None => (0, u64::MAX),
+        Some(available) if weights.mapped => (0, available.saturating_sub(all).max(available / 4)),
+        Some(available) => (all, available.saturating_sub(all)),
+    };
     let kv = match settings.kv_memory {
         Some(ByteSize(bytes)) => bytes,
         None => {
-            let context = need.kv_bytes_per_token.saturating_mul(max_context as u64);
+            let per_token = weights.kv_bytes_per_token;
+            let context = per_token.saturating_mul(max_context as u64);
             // At least one page, so that the error below speaks of weights and not of an empty cache.
             context
                 .saturating_mul(DEFAULT_CONTEXTS)
                 .min(free / 4)
-                .max(need.kv_bytes_per_token.saturating_mul(16))
+                .max(per_token.saturating_mul(16))
         }
     };
     match available {
-        Some(available) if weights.saturating_add(kv) > available => bail!(
-            "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {format} + {} for keys \
-             and values = {}, but {} are available",
+        Some(available) if weights.mapped && kv > available => bail!(
+            "keys and values do not fit in memory: wanted {}, but {} are available",
+            ByteSize(kv),
+            ByteSize(available),
+        ),
+        Some(available) if resident.saturating_add(kv) > available => bail!(
+            "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {} + {} for keys \
+             and values in {} = {}, but {} are available; packed by moerun convert it would be mapped and need not fit",
             ByteSize(need.gateway_bytes),
             ByteSize(experts),
+            weights.format,
             ByteSize(kv),
-            ByteSize(weights.saturating_add(kv)),
+            settings.kv_format,
+            ByteSize(resident.saturating_add(kv)),
             ByteSize(available),
         ),
         _ => Ok(kv),
@@ -275,32 +333,40 @@ fn load_bank(checkpoint: &Checkpoint, numerics: Numerics) -> anyhow::Result<Arc<
     Ok(Arc::new(bank))
 }
 
-/// Starts `count` workers of this binary on loopback and waits until they are ready.
+/// Starts `count` workers of this binary on Unix sockets and waits until they are ready.
 fn start_workers(
     settings: &Settings,
     dir: &Path,
     config: &ModelConfig,
     numerics: Numerics,
     count: usize,
-) -> anyhow::Result<LocalWorkers> {
+) -> anyhow::Result<StartedWorkers> {
     let intermediate = config.moe.as_ref().map_or(0, |moe| moe.intermediate);
     let threads = threads_per_worker(settings.threads.unwrap_or_else(available_threads), count);
+    let computing = settings.threads.unwrap_or_else(available_threads) + threads * count;
+    let spin = if settings.spin.patience(computing, available_threads()).is_zero() {
+        "off"
+    } else {
+        "on"
+    };
     let common: Vec<String> = [
         "worker",
         "--exit-with-parent",
-        "--listen",
-        "127.0.0.1:0",
         "--model",
         dir.to_str()
             .with_context(|| format!("{}: wanted a path in UTF-8", dir.display()))?,
         "--weights",
         &numerics.format.to_string(),
+        "--load",
+        &settings.load.to_string(),
         "--combine",
         &numerics.combine.to_string(),
         "--combine-block",
         &numerics.combine_block.to_string(),
         "--threads",
         &threads.to_string(),
+        "--spin",
+        spin,
         "--log-format",
         &settings.log_format.to_string(),
         "--log-level",
@@ -308,9 +374,20 @@ fn start_workers(
     ]
     .map(str::to_owned)
     .to_vec();
+    let sockets = SocketFolder::create()
+        .inspect_err(|error| tracing::warn!("workers listen on loopback, which is slower than Unix sockets: {error}"))
+        .ok();
     let arguments = local_shards(numerics.num_blocks(intermediate), count)
         .iter()
-        .map(|shard| [common.clone(), vec!["--shard".to_owned(), shard.to_string()]].concat())
+        .enumerate()
+        .map(|(index, shard)| {
+            let listen = match &sockets {
+                Some(sockets) => sockets.address(index),
+                None => Address::Tcp("127.0.0.1:0".to_owned()),
+            };
+            let own = ["--listen", &listen.to_string(), "--shard", &shard.to_string()].map(str::to_owned);
+            [common.clone(), own.to_vec()].concat()
+        })
         .collect();
     let workers = LocalWorkersConfig {
         program: std::env::current_exe().context("the path of this binary")?,
@@ -318,5 +395,45 @@ fn start_workers(
         ready_timeout: START_UP_TIMEOUT,
         stop_grace: STOP_GRACE,
     };
-    Ok(LocalWorkers::start(workers)?)
+    Ok(StartedWorkers {
+        processes: LocalWorkers::start(workers)?,
+        _sockets: sockets,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(mapped: bool) -> Weights {
+        Weights {
+            need: MemoryNeed {
+                gateway_bytes: 10_000,
+                expert_bytes: 1000,
+                all_experts_bytes: 90_000,
+                embedding_bytes: 0,
+            },
+            kv_bytes_per_token: 1,
+            format: NumberFormat::Int4,
+            experts_on_this_machine: true,
+            mapped,
+        }
+    }
+
+    #[test]
+    fn only_mapped_weights_may_be_larger_than_memory() {
+        let settings = Settings::default();
+        let reckon = |mapped, available| reckon_memory(&settings, weights(mapped), 4096, Some(available));
+        let error = reckon(false, 50_000).unwrap_err().to_string();
+        assert!(error.contains("97.7 KiB") && error.contains("48.8 KiB"), "{error}");
+        assert_eq!(reckon(true, 50_000).unwrap(), 50_000 / 16);
+        // What fits is reckoned alike.
+        assert_eq!(reckon(false, 140_000).unwrap(), 10_000);
+        assert_eq!(reckon(true, 140_000).unwrap(), 10_000);
+        let large = Settings {
+            kv_memory: Some(ByteSize(60_000)),
+            ..Settings::default()
+        };
+        assert!(reckon_memory(&large, weights(true), 4096, Some(50_000)).is_err());
+    }
 }

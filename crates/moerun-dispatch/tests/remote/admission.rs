@@ -143,7 +143,7 @@ fn a_worker_that_never_comes_up_is_named() {
     let numerics = numerics(NumberFormat::F32);
     let checkpoint = open(&golden("qwen3_moe"), Needs::All);
     let worker = start(&checkpoint, &ShardSpec::All, numerics, "127.0.0.1:0");
-    let address = worker.address();
+    let address = worker.address().to_string();
     let mut config = config(&[worker]);
     config.startup_timeout = Duration::from_millis(300);
     let error = RemoteExperts::connect(config.clone(), checkpoint.clone(), numerics)
@@ -155,8 +155,5 @@ fn a_worker_that_never_comes_up_is_named() {
     );
     config.workers.push(address.to_string());
     let error = RemoteExperts::connect(config, checkpoint, numerics).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        format!("worker address {:?}: given twice", address.to_string())
-    );
+    assert_eq!(error.to_string(), format!("worker address {:?}: given twice", address));
 }

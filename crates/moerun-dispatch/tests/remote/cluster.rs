@@ -11,24 +11,39 @@ use moerun_kernels::{Activations, CpuPool};
 use moerun_model::ExpertBank;
 use moerun_process::Shutdown;
 use moerun_routing::{Routing, ShardSpec};
+use moerun_testkit::{Family, TinyCheckpoint};
 use moerun_types::{CombineMode, ExpertId, LayerId, ModelConfig, NumberFormat, Numerics};
 use moerun_weights::{Checkpoint, Needs};
 use moerun_worker::{ServeOptions, Worker, identify};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-/// Short blocks, so that every small model is really sliced.
+/// Short blocks, so that every small model is really sliced; quantised formats have whole blocks of codes.
 pub(crate) const COMBINE_BLOCK: usize = 8;
 
 pub(crate) fn golden(family: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden")).join(family)
 }
 
+/// A random checkpoint whose experts have three blocks of codes, the last one short.
+pub(crate) fn wide(family: Family) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = TinyCheckpoint {
+        hidden: 72,
+        head_dim: 12,
+        expert_intermediate: 80,
+        top_k: if family == Family::Llama4Text { 1 } else { 3 },
+        ..TinyCheckpoint::new(family, 3)
+    };
+    tiny.write(dir.path()).unwrap();
+    dir
+}
+
 pub(crate) fn numerics(format: NumberFormat) -> Numerics {
     Numerics {
         format,
         combine: CombineMode::Exact,
-        combine_block: COMBINE_BLOCK,
+        combine_block: COMBINE_BLOCK.max(format.column_unit()),
     }
 }
 
@@ -42,6 +57,8 @@ pub(crate) fn options(listen: &str) -> ServeOptions {
         threads: 1,
         max_queue: 64,
         drain_timeout: Duration::from_secs(5),
+        inline_rows: 4,
+        patience: Duration::ZERO,
     }
 }
 
@@ -96,7 +113,7 @@ pub(crate) fn request(
     };
     ExpertRequest {
         layer,
-        activations: Activations::round(format, rows.view()),
+        activations: Activations::round(format.activations(), rows.view()),
         routing,
     }
 }

@@ -3,14 +3,16 @@
 use moerun_dispatch::{ExpertBackend, local_shards};
 use moerun_process::Shutdown;
 use moerun_routing::ShardSpec;
+use moerun_testkit::Family;
 use moerun_types::{CombineMode, ExpertId, LayerId, NumberFormat, Numerics};
 use moerun_weights::Needs;
 use moerun_worker::{Worker, WorkerConfig};
 
-use crate::cluster::{COMBINE_BLOCK, connect, golden, local, numerics, open, request, run, start_all};
+use crate::cluster::{COMBINE_BLOCK, connect, golden, local, numerics, open, request, run, start_all, wide};
 
-/// Plain, with a down bias, with the weight on the input, with more than two experts a token.
-const FAMILIES: [&str; 4] = ["qwen3_moe", "gpt_oss", "llama4_text", "qwen2_moe"];
+/// Plain, with a down bias, with the weight on the input, with a shared expert; three
+/// experts a token where the family can.
+const FAMILIES: [Family; 4] = [Family::Qwen3Moe, Family::GptOss, Family::Llama4Text, Family::Qwen2Moe];
 
 fn shards(sliced: bool, count: usize) -> Vec<ShardSpec> {
     (0..count)
@@ -27,8 +29,9 @@ fn shards(sliced: bool, count: usize) -> Vec<ShardSpec> {
 #[test]
 fn any_number_of_workers_gives_the_bits_of_local_experts() {
     for family in FAMILIES {
-        for format in [NumberFormat::F32, NumberFormat::Bf16] {
-            let (checkpoint, numerics) = (open(&golden(family), Needs::All), numerics(format));
+        let wide = wide(family);
+        for format in NumberFormat::ALL {
+            let (checkpoint, numerics) = (open(wide.path(), Needs::All), numerics(format));
             let local = local(&checkpoint, numerics);
             let requests: Vec<_> = checkpoint
                 .config()
@@ -49,7 +52,7 @@ fn any_number_of_workers_gives_the_bits_of_local_experts() {
                 for ((pending, wanted), request) in pending.into_iter().zip(&wanted).zip(&requests) {
                     let found: Vec<u32> = pending.wait().unwrap().iter().map(|value| value.to_bits()).collect();
                     let case = format!(
-                        "{family} {format} {count} workers, sliced {sliced}, layer {}",
+                        "{family:?} {format} {count} workers, sliced {sliced}, layer {}",
                         request.layer
                     );
                     assert!(found == *wanted, "{case}: bits differ");

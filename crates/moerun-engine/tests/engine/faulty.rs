@@ -1,6 +1,7 @@
 //! Experts that do what a test tells them to.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use moerun_dispatch::{DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
@@ -33,6 +34,8 @@ pub(crate) struct FaultyExperts {
     experts: Arc<dyn ExpertBackend>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Whether they say that they compute elsewhere.
+    elsewhere: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -69,7 +72,13 @@ impl FaultyExperts {
             experts,
             state: Mutex::new(state),
             changed: Condvar::new(),
+            elsewhere: AtomicBool::new(false),
         }
+    }
+
+    /// They say from now on that they compute elsewhere.
+    pub(crate) fn move_elsewhere(&self) {
+        self.elsewhere.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn set(&self, behaviour: Behaviour) {
@@ -95,6 +104,10 @@ impl FaultyExperts {
 }
 
 impl ExpertBackend for FaultyExperts {
+    fn computes_elsewhere(&self) -> bool {
+        self.elsewhere.load(Ordering::Relaxed)
+    }
+
     fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError> {
         let layer = request.layer;
         match self.behaviour() {

@@ -12,7 +12,7 @@ use moerun_engine::{
 use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
 use moerun_model::{ExpertBank, KvCache, Model};
 use moerun_routing::ShardSpec;
-use moerun_types::{CombineMode, NumberFormat, Numerics};
+use moerun_types::{CombineMode, KvFormat, NumberFormat, Numerics};
 use moerun_weights::{Checkpoint, Needs};
 use safetensors::SafeTensors;
 use tokio::sync::mpsc;
@@ -41,6 +41,7 @@ pub(crate) const CONFIG: Sizes = Sizes {
     max_queue: 64,
     prefix_cache: true,
     speculate: 0,
+    kv_format: KvFormat::F32,
 };
 
 /// Nothing is shared and nothing guessed: what every other engine must equal.
@@ -58,6 +59,7 @@ pub(crate) struct Sizes {
     pub(crate) max_queue: usize,
     pub(crate) prefix_cache: bool,
     pub(crate) speculate: usize,
+    pub(crate) kv_format: KvFormat,
 }
 
 /// A loaded golden checkpoint.
@@ -132,10 +134,12 @@ impl Fixture {
             max_queue,
             prefix_cache,
             speculate,
+            kv_format,
         } = sizes;
-        let kv_memory_bytes = pages * KvCache::page_bytes(self.model.config()) as u64;
+        let kv_memory_bytes = pages * KvCache::page_bytes(self.model.config(), kv_format) as u64;
         let config = EngineConfig {
             kv_memory_bytes,
+            kv_format,
             max_context,
             max_batch_tokens,
             max_queue,

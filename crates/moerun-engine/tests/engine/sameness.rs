@@ -199,3 +199,36 @@ async fn output_ends_where_the_context_or_the_cache_does() {
         );
     }
 }
+
+#[tokio::test]
+async fn two_micro_batches_by_turns_compute_what_one_does() {
+    // Grouped and latent attention, dense first layers, shared experts, windows, chunks.
+    for family in ["qwen3_moe", "deepseek_v2", "gpt_oss", "llama4_text"] {
+        let fixture = Fixture::load(family);
+        let sizes = Sizes {
+            max_batch_tokens: 90,
+            ..PLAIN
+        };
+        let prompts: Vec<Vec<u32>> = [150, 70, 33].map(|tokens| fixture.long_prompt(tokens)).to_vec();
+        let all_logits = async || {
+            let engine = fixture.start(sizes);
+            let mut bits = Vec::new();
+            for prompt in &prompts {
+                let rows = logits(&engine.handle(), prompt.clone(), (0..prompt.len()).collect()).await;
+                bits.extend(rows.into_iter().flatten().map(f32::to_bits));
+            }
+            bits
+        };
+        let before = fixture.experts.requests();
+        let one_batch = all_logits().await;
+        let requests = fixture.experts.requests() - before;
+        fixture.experts.move_elsewhere();
+        let by_turns = all_logits().await;
+        let requests_by_turns = fixture.experts.requests() - before - requests;
+        assert!(by_turns == one_batch, "{family}");
+        assert!(
+            requests_by_turns > requests,
+            "{family}: {requests_by_turns} requests, {requests} in one batch"
+        );
+    }
+}

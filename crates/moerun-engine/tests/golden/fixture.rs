@@ -6,12 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use moerun_dispatch::LocalExperts;
+use moerun_dispatch::{ExpertBackend, ExpertRequest, LocalExperts};
 use moerun_engine::{Capture, forward_step};
 use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
 use moerun_model::{ExpertBank, KvCache, Model, MoeInput, Step, StepSequence};
-use moerun_types::{BlockRange, CombineMode, ExpertId, ExpertSlice, LayerId, ModelConfig, NumberFormat, Numerics};
-use moerun_weights::{Checkpoint, Needs};
+use moerun_routing::Routing;
+use moerun_types::{
+    BlockRange, CombineMode, ExpertId, ExpertSlice, KvFormat, LayerId, ModelConfig, NumberFormat, Numerics,
+};
+use moerun_weights::{Checkpoint, MemoryNeed, Needs};
 use ndarray::{Array2, Axis, concatenate};
 
 /// Small, so that every tiny expert has several blocks and a short last one.
@@ -75,25 +78,28 @@ impl Fixture {
         }
     }
 
-    fn load_dir(dir: &Path, format: NumberFormat) -> Self {
+    pub(crate) fn load_dir(dir: &Path, format: NumberFormat) -> Self {
         let checkpoint = Checkpoint::open(dir, Needs::All).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         let numerics = Numerics {
             format,
             combine: CombineMode::Exact,
-            combine_block: COMBINE_BLOCK,
+            combine_block: COMBINE_BLOCK.max(format.column_unit()),
         };
-        let (mut last, mut total_bytes) = (0, 0);
-        let model = Model::load(&checkpoint, format, &mut |done, total| {
-            assert!(
-                last <= done && done <= total,
-                "progress went from {last} to {done} of {total}"
-            );
-            (last, total_bytes) = (done, total);
-        })
-        .expect("the model loads");
-        assert_eq!(last, total_bytes, "progress ends at the total");
+        let mut reports = Vec::new();
+        let model =
+            Model::load(&checkpoint, format, &mut |done, total| reports.push((done, total))).expect("the model loads");
+        // The last tensor makes the estimate full, and no tensor before it: the estimate is exact.
+        let (done, total): (Vec<u64>, Vec<u64>) = reports.into_iter().unzip();
+        let first_full = done.iter().position(|done| *done == total[0]);
+        assert!(
+            done.is_sorted() && total.iter().all(|one| *one == total[0]),
+            "{done:?} of {total:?}"
+        );
+        assert_eq!(first_full, Some(done.len() - 2), "{done:?} of {}", total[0]);
         let slices = all_experts(checkpoint.config(), numerics);
         let bank = ExpertBank::load(&checkpoint, &slices, numerics, &mut |_, _| {}).expect("the experts load");
+        let need = MemoryNeed::of(checkpoint.config(), format).all_experts_bytes;
+        assert_eq!(bank.memory_bytes(), need, "{format}: bytes of the experts");
         let pool = Arc::new(CpuPool::new(2));
         let experts = LocalExperts::new(Arc::new(bank), Arc::clone(&pool));
         Fixture { model, pool, experts }
@@ -102,7 +108,7 @@ impl Fixture {
     /// Room for `num_sequences` sequences, whose pages alternate.
     pub(crate) fn session(&self, num_sequences: usize) -> Session {
         let pages_each = MAX_TOKENS.div_ceil(KV_PAGE_TOKENS);
-        let kv = KvCache::new(self.model.config(), pages_each * num_sequences);
+        let kv = KvCache::new(self.model.config(), KvFormat::F32, pages_each * num_sequences);
         let page = |sequence: usize, index: usize| u32::try_from(index * num_sequences + sequence).expect("few pages");
         let pages = (0..num_sequences).map(|sequence| (0..pages_each).map(|index| page(sequence, index)).collect());
         Session {
@@ -160,6 +166,22 @@ impl Fixture {
             .collect();
         let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
         concatenate(Axis(0), &views).expect("rows of one width")
+    }
+
+    /// The output of one MoE block, shared experts included, for rows that are normed already; and the gate's choice.
+    pub(crate) fn moe_block(&self, layer: LayerId, rows: &Array2<f32>) -> (Array2<f32>, Routing) {
+        let input = self
+            .model
+            .route_moe_input(&self.pool, layer, rows.clone())
+            .expect("finite rows");
+        let shared = self.model.shared_output(&self.pool, layer, rows);
+        let pending = self.experts.submit(ExpertRequest {
+            layer,
+            activations: input.activations,
+            routing: input.routing.clone(),
+        });
+        let combined = pending.and_then(|pending| pending.wait()).expect("local experts");
+        (self.model.moe_output(combined, shared), input.routing)
     }
 
     pub(crate) fn logits(&self, hidden_final: &Array2<f32>) -> Array2<f32> {

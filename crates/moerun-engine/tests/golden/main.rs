@@ -1,7 +1,9 @@
 //! Every decoder family against what transformers computed from the same checkpoint.
 
 mod fixture;
+mod formats;
 mod golden_file;
+mod rounded;
 
 use fixture::{Captured, Fixture, Spelling, family_dir};
 use golden_file::{GoldenFile, GoldenTensor};
@@ -168,11 +170,8 @@ fn argmax_rows(logits: &Array2<f32>) -> Vec<u32> {
 }
 
 /// A prompt gives the same bits whole, in chunks, and in a batch with others.
-fn check_invariance(family: &str, format: NumberFormat) {
-    let golden = GoldenFile::open(&family_dir(family));
-    let fixture = Fixture::load(family, Spelling::Transformers5, format);
-    let prompts = prompts(&golden);
-    let batched = fixture.forward(&mut fixture.session(prompts.len()), &tokens(&prompts), None);
+fn check_invariance(fixture: &Fixture, prompts: &[Vec<u32>], what: &str) {
+    let batched = fixture.forward(&mut fixture.session(prompts.len()), &tokens(prompts), None);
     let mut first_row = 0;
     for (sequence, prompt) in prompts.iter().enumerate() {
         let in_batch = batched.slice(ndarray::s![first_row..first_row + prompt.len(), ..]);
@@ -182,11 +181,22 @@ fn check_invariance(family: &str, format: NumberFormat) {
             let bits = |value: &f32| value.to_bits();
             assert!(
                 in_batch.iter().map(bits).eq(alone.iter().map(bits)),
-                "{format}: sequence {sequence} in chunks of {chunk} differs from the batch"
+                "{what}: sequence {sequence} in chunks of {chunk} differs from the batch"
             );
         }
         first_row += prompt.len();
     }
+}
+
+/// [`check_invariance`] of the golden checkpoint and of one whose rows are several blocks long.
+fn check_invariance_of_family(family: &str, format: NumberFormat) {
+    let fixture = Fixture::load(family, Spelling::Transformers5, format);
+    let prompts = prompts(&GoldenFile::open(&family_dir(family)));
+    check_invariance(&fixture, &prompts, &format!("{format}"));
+
+    let wide = formats::wide_checkpoint(family);
+    let fixture = Fixture::load_dir(wide.path(), format);
+    check_invariance(&fixture, &formats::wide_prompts(), &format!("wide, {format}"));
 }
 
 macro_rules! decoder_families {
@@ -212,13 +222,17 @@ macro_rules! decoder_families {
             }
 
             #[test]
-            fn bits_do_not_depend_on_chunks_or_batch_in_f32() {
-                check_invariance(FAMILY, NumberFormat::F32);
+            fn bits_do_not_depend_on_chunks_or_batch_in_any_format() {
+                for format in NumberFormat::ALL {
+                    check_invariance_of_family(FAMILY, format);
+                }
             }
 
             #[test]
-            fn bits_do_not_depend_on_chunks_or_batch_in_bf16() {
-                check_invariance(FAMILY, NumberFormat::Bf16);
+            fn every_format_computes_with_its_rounded_weights() {
+                for format in NumberFormat::ALL {
+                    formats::check_rounded_weights(FAMILY, format);
+                }
             }
         }
     )*};

@@ -44,6 +44,17 @@ pub(super) fn read(path: &Path) -> Result<GgufText, GatewayError> {
     Ok(convert(&GgufMetadata::read(path)?)?)
 }
 
+/// The tokenizer of a GGUF file as the text files of a checkpoint directory, by name.
+///
+/// # Errors
+/// If the file has none, or one of a kind that is not known here.
+pub fn gguf_text_files(path: &Path) -> Result<Vec<(String, String)>, GatewayError> {
+    let GgufText { tokenizer, config } = read(path)?;
+    Ok([("tokenizer.json", tokenizer), ("tokenizer_config.json", config)]
+        .map(|(name, value)| (name.to_owned(), value.to_string()))
+        .to_vec())
+}
+
 fn convert(metadata: &GgufMetadata) -> Result<GgufText, WeightsError> {
     let vocabulary = Vocabulary::read(metadata)?;
     let model = required(metadata, MODEL, metadata.text(MODEL)?)?;

@@ -22,7 +22,7 @@ use moerun_proto::v1::{
 };
 use moerun_routing::ShardSpec;
 use moerun_testkit::RawFile;
-use moerun_types::{CombineMode, NumberFormat, Numerics};
+use moerun_types::{CombineMode, KvFormat, NumberFormat, Numerics};
 use moerun_weights::{Checkpoint, Needs};
 use serde_json::Value;
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -119,6 +119,7 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
     });
     let mut engine_config = EngineConfig {
         kv_memory_bytes: 64 << 20,
+        kv_format: KvFormat::F32,
         max_context: MAX_CONTEXT,
         max_batch_tokens: 64,
         max_queue: 64,

@@ -2,19 +2,19 @@
 
 use std::ops::Range;
 
-use moerun_types::{Activation, NumberFormat};
+use moerun_types::{Activation, ActivationFormat, QUANTIZED_BLOCK};
 
 use crate::{
     Activations, CpuPool, FeedForward, Isa,
-    bf16::{from_bf16, to_bf16},
-    disjoint::Disjoint,
+    bf16::to_bf16,
     exponential::{gelu, gelu_tanh, logistic, silu},
-    interleaved::{InterleavedRows, RowBlock},
+    interleaved::{InterleavedRows, RowBlock, RowsToWrite, bf16_pair, words},
     isa::Kernel,
     lines::LANES,
+    quantize::quantize_activations,
     row_products::panels_per_task,
     simd::Simd,
-    tile::{Products, Sink, panels_together},
+    tile::{MAX_SUMS_OF_ONE_SEGMENT, Products, panels_together},
 };
 
 /// Rows of one feed-forward, and the intermediate columns that are wanted of them.
@@ -27,16 +27,18 @@ pub(super) struct Wanted<'a> {
     pub(super) cols: Range<usize>,
 }
 
-/// For each of `wanted`, `[rows, cols.len()]`, rounded to the format of its down projection.
+/// For each of `wanted`, `[rows, cols.len()]`, rounded for its down projection.
 pub(super) fn intermediates(isa: Isa, pool: &CpuPool, x: &Activations, wanted: &[Wanted<'_>]) -> Vec<InterleavedRows> {
     let inputs: Vec<InterleavedRows> = wanted
         .iter()
-        .map(|wanted| InterleavedRows::from_activations(isa, pool, x, wanted.rows))
+        .map(|wanted| InterleavedRows::from_activations(isa, wanted.weights.gate_proj.format(), pool, x, wanted.rows))
         .collect();
     let mut outputs: Vec<InterleavedRows> = wanted
         .iter()
         .zip(&inputs)
-        .map(|(wanted, input)| InterleavedRows::zeroed(isa, input.rows(), wanted.cols.len()))
+        .map(|(wanted, input)| {
+            InterleavedRows::zeroed(isa, wanted.weights.down_proj.format(), input.rows(), wanted.cols.len())
+        })
         .collect();
     let all_panels: usize = wanted.iter().map(|wanted| panels_of(&wanted.cols).len()).sum();
     let mut tasks = Vec::new();
@@ -53,7 +55,7 @@ pub(super) fn intermediates(isa: Isa, pool: &CpuPool, x: &Activations, wanted: &
                 .map(|first| (index, first..panels.end.min(first + chunk))),
         );
     }
-    let parts: Vec<Disjoint<'_, f32>> = outputs.iter_mut().map(|rows| Disjoint::new(rows.data_mut())).collect();
+    let parts: Vec<RowsToWrite<'_>> = outputs.iter_mut().map(|rows| rows.writer().0).collect();
     pool.run_sized(tasks.len(), work, &|task| {
         let (index, panels) = tasks[task].clone();
         isa.dispatch(GateUp {
@@ -81,12 +83,8 @@ struct GateUp<'a> {
     wanted: &'a Wanted<'a>,
     x: &'a InterleavedRows,
     panels: Range<usize>,
-    out: &'a Disjoint<'a, f32>,
+    out: &'a RowsToWrite<'a>,
 }
-
-/// Most rows in a block, most panels worked on together.
-const MAX_ROWS: usize = 12;
-const MAX_PANELS: usize = 4;
 
 impl Kernel for GateUp<'_> {
     type Output = ();
@@ -96,7 +94,7 @@ impl Kernel for GateUp<'_> {
         let weights = self.wanted.weights;
         let cols = 0..self.x.cols();
         let together = panels_together(self.x.rows());
-        let mut products = [[0.0; MAX_ROWS * MAX_PANELS * LANES]; 2];
+        let mut products = [[[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT]; 2];
         for first in self.panels.clone().step_by(together) {
             let panels = first..self.panels.end.min(first + together);
             for &block in self.x.blocks() {
@@ -107,15 +105,10 @@ impl Kernel for GateUp<'_> {
                         first_col: 0,
                         segments: std::slice::from_ref(&cols),
                     };
-                    let mut sink = Collect {
-                        out,
-                        first_row: block.first,
-                        panels: panels.clone(),
-                    };
-                    products.run_block(simd, panels.clone(), block, &mut sink);
+                    products.sum(simd, panels.clone(), block, 0..1, out);
                 }
                 let [gate, up] = &mut products;
-                self.finish(panels.clone(), block, gate, up);
+                self.finish(panels.clone(), block, gate.as_flattened_mut(), up.as_flattened_mut());
             }
         }
     }
@@ -134,11 +127,7 @@ impl GateUp<'_> {
         let width = panels.len() * LANES;
         let first_col = panels.start * LANES;
         let kept = cols.start.max(first_col)..cols.end.min(first_col + width);
-        let start = block.first * cols.len();
-        let out = start + (kept.start - cols.start) * block.rows..start + (kept.end - cols.start) * block.rows;
-        // SAFETY: a panel's columns are written by one task.
-        #[allow(unsafe_code)]
-        let out = unsafe { self.out.part(out) };
+        let first = kept.start - cols.start;
         for t in 0..block.rows {
             let in_row = t * width + kept.start - first_col..t * width + kept.end - first_col;
             let (gate, up) = (&mut gate[in_row.clone()], &mut up[in_row]);
@@ -155,14 +144,31 @@ impl GateUp<'_> {
                 }
             }
             activate(weights.activation, gate, up);
-            if weights.down_proj.format() == NumberFormat::Bf16 {
-                gate.iter_mut().for_each(|value| *value = from_bf16(to_bf16(*value)));
+            let format = weights.down_proj.format();
+            let first_word = words(format, first);
+            match format.activations() {
+                ActivationFormat::F32 => {
+                    let bits = gate.iter().map(|value| value.to_bits());
+                    self.out.put_words(block, t, first_word, bits);
+                }
+                ActivationFormat::Bf16 => {
+                    let pairs = gate.chunks(2).map(|pair| match *pair {
+                        [even, odd] => bf16_pair(&[to_bf16(even), to_bf16(odd)]),
+                        _ => bf16_pair(&[to_bf16(pair[0])]),
+                    });
+                    self.out.put_words(block, t, first_word, pairs);
+                }
+                ActivationFormat::Int8 => {
+                    for (index, values) in gate.chunks(QUANTIZED_BLOCK).enumerate() {
+                        let mut padded = [0.0; QUANTIZED_BLOCK];
+                        padded[..values.len()].copy_from_slice(values);
+                        let mut codes = [0; QUANTIZED_BLOCK];
+                        let scale = quantize_activations(&padded, &mut codes);
+                        self.out
+                            .put_block(block, t, first / QUANTIZED_BLOCK + index, &codes, scale);
+                    }
+                }
             }
-            out.iter_mut()
-                .skip(t)
-                .step_by(block.rows)
-                .zip(gate)
-                .for_each(|(out, value)| *out = *value);
         }
     }
 }
@@ -182,20 +188,5 @@ fn activate(activation: Activation, gate: &mut [f32], up: &[f32]) {
             let up = if up < -limit { -limit } else { up };
             *gate = (up + 1.0) * clamped * logistic(alpha * clamped);
         }),
-    }
-}
-
-/// Collects the products of one block in `[block rows][panels * 16]`.
-struct Collect<'a> {
-    out: &'a mut [f32],
-    first_row: usize,
-    panels: Range<usize>,
-}
-
-impl Sink for Collect<'_> {
-    #[inline(always)]
-    fn put(&mut self, _segment: usize, row: usize, panel: usize, sums: &[f32; LANES]) {
-        let start = ((row - self.first_row) * self.panels.len() + panel - self.panels.start) * LANES;
-        self.out[start..start + LANES].copy_from_slice(sums);
     }
 }

@@ -1,4 +1,4 @@
-use moerun_types::{BlockRange, ExpertId, ExpertSlice, LayerId, NumberFormat};
+use moerun_types::{ActivationFormat, BlockRange, ExpertId, ExpertSlice, LayerId};
 
 /// Why a batch was refused or failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -33,10 +33,10 @@ pub enum ExpertError {
     /// The activations are not rounded as the weights are.
     #[error("activations: wanted {wanted}, found {found}")]
     Format {
-        /// Format of the weights.
-        wanted: NumberFormat,
-        /// Format of the activations.
-        found: NumberFormat,
+        /// What the weights' format asks for.
+        wanted: ActivationFormat,
+        /// What was given.
+        found: ActivationFormat,
     },
     /// An assignment names a row beyond the last.
     #[error("an assignment names row {row}: wanted a row below {rows}")]

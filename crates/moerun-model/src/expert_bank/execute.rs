@@ -67,9 +67,10 @@ impl ExpertBank {
                 found: x.cols(),
             });
         }
-        if x.format() != self.numerics.format {
+        let wanted = self.numerics.format.activations();
+        if x.format() != wanted {
             return Err(ExpertError::Format {
-                wanted: self.numerics.format,
+                wanted,
                 found: x.format(),
             });
         }

@@ -1,4 +1,4 @@
-//! Reading and packing: rows of gate and up, columns of down, of the blocks that are held.
+//! Rows of gate and up, columns of down, of the blocks that are held: packed, mapped, or moved to huge pages.
 
 use std::{
     num::NonZeroUsize,
@@ -12,53 +12,56 @@ use std::{
 
 use moerun_kernels::{FeedForward, PackedMatrix};
 use moerun_types::{BlockRange, ExpertSlice, MoeConfig, Numerics};
-use moerun_weights::{Checkpoint, MatrixSource, WeightsError};
+use moerun_weights::{Checkpoint, MemoryNeed};
 
-/// Packs the weights of every entry of `held`, on all cores; the result is in the order of `held`.
+use crate::ModelError;
+
+/// Loads the weights of every entry of `held`, on all cores; the result is in the order of `held`.
 pub(super) fn load_all(
     checkpoint: &Checkpoint,
     moe: &MoeConfig,
     held: &[ExpertSlice],
     numerics: Numerics,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<FeedForward>, WeightsError> {
-    let slice_bytes = |slice: &ExpertSlice| {
-        let elements = 3 * columns(slice.blocks, moe, numerics).len() * checkpoint.config().hidden;
-        (elements * numerics.format.bytes()) as u64
-    };
+) -> Result<Vec<FeedForward>, ModelError> {
+    let slice_bytes = |slice: &ExpertSlice| MemoryNeed::of_slice(checkpoint.config(), &numerics, slice.blocks);
     let total_bytes = held.iter().map(slice_bytes).sum();
     let mut done_bytes = 0;
     let mut loaded: Vec<Option<FeedForward>> = vec![None; held.len()];
     progress(done_bytes, total_bytes);
 
-    let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism()
         .map_or(1, NonZeroUsize::get)
         .min(held.len());
+    let runs = runs(held, &slice_bytes, total_bytes / (4 * threads.max(1) as u64));
+    let next = AtomicUsize::new(0);
     thread::scope(|scope| {
         // As many as there are loaders: a slow `progress` holds them back instead of piling up weights here.
         let (sender, receiver) = mpsc::sync_channel(threads.max(1));
         for _ in 0..threads {
-            let (sender, next) = (sender.clone(), &next);
+            let (sender, next, runs) = (sender.clone(), &next, &runs);
             scope.spawn(move || {
                 loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(&slice) = held.get(index) else { return };
-                    let packed = load_slice(checkpoint, moe, slice, numerics);
+                    let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                        return;
+                    };
+                    let loaded = load_run(checkpoint, moe, &held[run.clone()], numerics);
                     // Nobody listens any more once a slice has failed.
-                    if sender.send((index, packed)).is_err() {
+                    if sender.send((run.clone(), loaded)).is_err() {
                         return;
                     }
                 }
             });
         }
         drop(sender);
-        for (index, packed) in receiver {
-            loaded[index] = Some(packed?);
-            done_bytes += slice_bytes(&held[index]);
-            progress(done_bytes, total_bytes);
+        for (run, weights) in receiver {
+            for (index, weights) in run.zip(weights?) {
+                loaded[index] = Some(weights);
+                done_bytes += slice_bytes(&held[index]);
+                progress(done_bytes, total_bytes);
+            }
         }
-        Ok::<_, WeightsError>(())
+        Ok::<_, ModelError>(())
     })?;
     Ok(loaded
         .into_iter()
@@ -66,32 +69,53 @@ pub(super) fn load_all(
         .collect())
 }
 
-fn load_slice(
+/// Most weights that are loaded before they are moved together, unless a single slice has more: on huge pages of 2 MiB
+/// the last one is then mostly used, and what is held twice meanwhile is little.
+const MAX_RUN_BYTES: u64 = 64 << 20;
+
+/// Runs of slices of about `bytes` each, at most [`MAX_RUN_BYTES`]: one thread loads one run, in the order of the files.
+fn runs(held: &[ExpertSlice], slice_bytes: &dyn Fn(&ExpertSlice) -> u64, bytes: u64) -> Vec<Range<usize>> {
+    let bytes = bytes.min(MAX_RUN_BYTES);
+    let (mut runs, mut start, mut sum) = (Vec::new(), 0, 0);
+    for (index, slice) in held.iter().enumerate() {
+        let added = slice_bytes(slice);
+        if index > start && sum + added > bytes {
+            runs.push(start..index);
+            (start, sum) = (index, 0);
+        }
+        sum += added;
+    }
+    if start < held.len() {
+        runs.push(start..held.len());
+    }
+    runs
+}
+
+/// Loads slices, and moves what this process holds itself into one piece of memory.
+fn load_run(
     checkpoint: &Checkpoint,
     moe: &MoeConfig,
-    slice: ExpertSlice,
+    slices: &[ExpertSlice],
     numerics: Numerics,
-) -> Result<FeedForward, WeightsError> {
-    let expert = checkpoint.expert(slice.layer, slice.expert)?;
-    let held = columns(slice.blocks, moe, numerics);
-    let rows = |matrix: &MatrixSource<'_>| {
-        PackedMatrix::pack(numerics.format, held.len(), matrix.cols(), |row, out| {
-            matrix.read_row(held.start + row, out)
-        })
+) -> Result<Vec<FeedForward>, ModelError> {
+    let load = |slice: &ExpertSlice| {
+        checkpoint.load_expert(
+            slice.layer,
+            slice.expert,
+            numerics.format,
+            columns(slice.blocks, moe, numerics),
+        )
     };
-    let down = &expert.down_proj;
-    Ok(FeedForward {
-        gate_proj: rows(&expert.gate_proj),
-        up_proj: rows(&expert.up_proj),
-        down_proj: PackedMatrix::pack(numerics.format, down.rows(), held.len(), |row, out| {
-            down.read_row_part(row, held.start, out);
-        }),
-        gate_bias: expert.gate_bias.map(|bias| bias[held.clone()].to_vec()),
-        up_bias: expert.up_bias.map(|bias| bias[held.clone()].to_vec()),
-        // A term of its own, owed by the holder of block 0.
-        down_bias: expert.down_bias.filter(|_| slice.blocks.first == 0),
-        activation: moe.activation,
-    })
+    let mut loaded = slices.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let mut owned: Vec<&mut PackedMatrix> = loaded
+        .iter_mut()
+        .flat_map(|weights| [&mut weights.gate_proj, &mut weights.up_proj, &mut weights.down_proj])
+        .filter(|matrix| !(checkpoint.is_mapped() && matrix.is_mapped()))
+        .collect();
+    if !owned.is_empty() {
+        PackedMatrix::gather(&mut owned);
+    }
+    Ok(loaded)
 }
 
 /// Elements of the intermediate dimension that `blocks` cover; the last block may be short.

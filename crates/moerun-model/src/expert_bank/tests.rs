@@ -2,6 +2,7 @@
 
 mod parity;
 mod refusals;
+mod stored_blocks;
 
 use std::path::PathBuf;
 
@@ -76,7 +77,7 @@ impl Golden {
     }
 
     fn activations(&self, numerics: Numerics) -> Activations {
-        Activations::round(numerics.format, self.input.view())
+        Activations::round(numerics.format.activations(), self.input.view())
     }
 
     fn whole_result(&self, numerics: Numerics) -> PartialSums {

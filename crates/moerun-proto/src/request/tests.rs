@@ -1,4 +1,4 @@
-use moerun_types::{CombineMode, Numerics};
+use moerun_types::{CombineMode, NumberFormat, Numerics, QUANTIZED_BLOCK};
 use proptest::prelude::*;
 use prost::Message;
 
@@ -18,23 +18,31 @@ fn limits(format: NumberFormat) -> ModelLimits {
         numerics: Numerics {
             format,
             combine: CombineMode::Exact,
-            combine_block: 8,
+            combine_block: QUANTIZED_BLOCK,
         },
         max_rows: 16,
     }
 }
 
-fn activations(format: NumberFormat, rows: usize) -> Activations {
+fn activations(format: ActivationFormat, rows: usize) -> Activations {
     match format {
-        NumberFormat::F32 => Activations::F32 {
+        ActivationFormat::F32 => Activations::F32 {
             rows,
             cols: HIDDEN,
             data: (0..rows * HIDDEN).map(|i| i as f32 - 2.5).collect(),
         },
-        NumberFormat::Bf16 => Activations::Bf16 {
+        ActivationFormat::Bf16 => Activations::Bf16 {
             rows,
             cols: HIDDEN,
             data: (0..rows * HIDDEN).map(|i| 0x3f80 + i as u16).collect(),
+        },
+        ActivationFormat::Int8 => Activations::Int8 {
+            rows,
+            cols: HIDDEN,
+            codes: (0..rows)
+                .map(|row| std::array::from_fn(|col| if col < HIDDEN { row as i8 * 3 - col as i8 } else { 0 }))
+                .collect(),
+            scales: (0..rows).map(|row| row as f32 * 0.25).collect(),
         },
     }
 }
@@ -61,15 +69,14 @@ fn flatten(per_row: &[Vec<(u16, u16, f32)>]) -> Vec<Assignment> {
 
 fn valid_request() -> v1::ExecuteRequest {
     let work = flatten(&[vec![(0, 0, 1.0), (4, 1, 0.5)], vec![(2, 3, 0.25)]]);
-    let rows = activations(NumberFormat::F32, 2);
+    let rows = activations(ActivationFormat::F32, 2);
     encode_request(7, LayerId(1), &rows, &[0, 1], &work, Duration::from_secs(1))
 }
 
 proptest! {
     #[test]
-    fn a_request_comes_back_as_it_was_sent(per_row in assignments(), bf16: bool) {
-        let format = if bf16 { NumberFormat::Bf16 } else { NumberFormat::F32 };
-        let sent = activations(format, per_row.len());
+    fn a_request_comes_back_as_it_was_sent(per_row in assignments(), format in prop::sample::select(NumberFormat::ALL.to_vec())) {
+        let sent = activations(format.activations(), per_row.len());
         let work = flatten(&per_row);
         let rows: Vec<u32> = (0..per_row.len() as u32).collect();
         let message = encode_request(9, LayerId(1), &sent, &rows, &work, Duration::from_millis(5));
@@ -97,7 +104,7 @@ proptest! {
 #[test]
 fn only_the_rows_named_travel() {
     let all = flatten(&[vec![(1, 0, 1.0)], vec![(2, 0, 1.0), (3, 2, 0.5)]]);
-    let rows = activations(NumberFormat::F32, 9);
+    let rows = activations(ActivationFormat::F32, 9);
     let message = encode_request(1, LayerId(1), &rows, &[4, 8], &all, Duration::ZERO);
     let received = decode_request(&message, &limits(NumberFormat::F32)).unwrap();
     assert_eq!(received.activations, rows.select_rows(&[4, 8]));
@@ -157,11 +164,33 @@ fn every_lie_of_a_request_is_named() {
 #[test]
 fn a_row_may_not_ask_for_more_blocks_than_the_exact_combine_allows() {
     let work = flatten(&[vec![(0, 0, 1.0), (1, 0, 1.0), (2, 3, 1.0)]]);
-    let rows = activations(NumberFormat::F32, 1);
+    let rows = activations(ActivationFormat::F32, 1);
     let message = encode_request(1, LayerId(1), &rows, &[0], &work, Duration::ZERO);
     let error = decode_request(&message, &limits(NumberFormat::F32)).unwrap_err();
     assert_eq!(
         error.to_string(),
         "assignment_counts: wanted at most 8 blocks a row, found 9 for row 0"
+    );
+}
+
+#[test]
+fn a_code_that_no_rounding_gives_is_refused() {
+    let work = flatten(&[vec![(0, 0, 1.0)], vec![(1, 0, 1.0)]]);
+    let rows = activations(ActivationFormat::Int8, 2);
+    let mut message = encode_request(1, LayerId(1), &rows, &[0, 1], &work, Duration::ZERO);
+    let mut bytes = message.hidden_states.to_vec();
+    bytes[ActivationFormat::Int8.row_bytes(HIDDEN) + 2] = 0x80;
+    message.hidden_states = bytes.into();
+    for format in [NumberFormat::Int8, NumberFormat::Int4, NumberFormat::Mxfp4] {
+        let error = decode_request(&message, &limits(format)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "hidden_states: wanted codes of -127 to 127, found -128 in row 1, column 2"
+        );
+    }
+    let error = decode_request(&message, &limits(NumberFormat::Bf16)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "format: wanted ACTIVATION_FORMAT_BF16, found ACTIVATION_FORMAT_INT8"
     );
 }

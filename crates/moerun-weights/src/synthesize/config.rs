@@ -1,15 +1,15 @@
 //! The config of the checkpoint to be made: cut to fewer layers, in the number format that is written.
 
-use moerun_types::{ConfigError, ModelConfig, NumberFormat};
+use moerun_types::{ConfigError, ModelConfig};
 use serde_json::{Map, Value, json};
 
-use super::SynthesizeError;
+use super::{SynthesizeError, element::Element};
 
 /// Parses and checks `text`, cuts it to `layers`, and gives the config with the text to be written.
 pub(super) fn prepare(
     text: &str,
     layers: Option<usize>,
-    dtype: NumberFormat,
+    dtype: Element,
 ) -> Result<(ModelConfig, String), SynthesizeError> {
     let whole = ModelConfig::from_json(text)?;
     let mut fields: Map<String, Value> = serde_json::from_str(text).map_err(ConfigError::from)?;
@@ -60,10 +60,10 @@ fn cut_layers(fields: &mut Map<String, Value>, layers: usize) {
 }
 
 /// Names the format in the field that the config has for it, and drops what described another.
-fn set_dtype(fields: &mut Map<String, Value>, dtype: NumberFormat) {
+fn set_dtype(fields: &mut Map<String, Value>, dtype: Element) {
     let name = match dtype {
-        NumberFormat::F32 => "float32",
-        NumberFormat::Bf16 => "bfloat16",
+        Element::F32 => "float32",
+        Element::Bf16 => "bfloat16",
     };
     fields.remove("quantization_config");
     let newer = fields.contains_key("dtype");

@@ -11,13 +11,13 @@ use std::{
     thread,
 };
 
-use moerun_types::NumberFormat;
 use serde_json::{Map, Value, json};
 
+use crate::staging::{WriteError, stop_if_interrupted};
+
 use super::{
-    SynthesizeError,
+    element::Element,
     random::{ELEMENTS_PER_NUMBER, TensorValues},
-    stop_if_interrupted,
 };
 
 /// Elements made at once by one thread: a few milliseconds of work.
@@ -50,7 +50,7 @@ pub(super) struct ShardPlan {
 /// How a file is to be written.
 pub(super) struct Writing<'a> {
     pub(super) seed: u64,
-    pub(super) dtype: NumberFormat,
+    pub(super) dtype: Element,
     /// Told how many bytes of data are in the file.
     pub(super) progress: &'a (dyn Fn(u64) + Sync),
     pub(super) interrupted: Option<&'a AtomicBool>,
@@ -65,7 +65,7 @@ struct Piece {
 }
 
 /// Puts tensors into files in their order; a file is closed when the next tensor would exceed `max_shard_bytes`.
-pub(super) fn split(tensors: Vec<PlannedTensor>, dtype: NumberFormat, max_shard_bytes: u64) -> Vec<ShardPlan> {
+pub(super) fn split(tensors: Vec<PlannedTensor>, dtype: Element, max_shard_bytes: u64) -> Vec<ShardPlan> {
     let bytes = |tensor: &PlannedTensor| (tensor.elements() * dtype.bytes()) as u64;
     let mut groups: Vec<(Vec<PlannedTensor>, u64)> = Vec::new();
     for tensor in tensors {
@@ -115,10 +115,10 @@ pub(super) fn index(plans: &[ShardPlan]) -> Option<String> {
     ))
 }
 
-fn header(tensors: &[PlannedTensor], dtype: NumberFormat) -> Vec<u8> {
+fn header(tensors: &[PlannedTensor], dtype: Element) -> Vec<u8> {
     let name = match dtype {
-        NumberFormat::F32 => "F32",
-        NumberFormat::Bf16 => "BF16",
+        Element::F32 => "F32",
+        Element::Bf16 => "BF16",
     };
     let mut entries = Map::new();
     entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
@@ -138,19 +138,14 @@ fn header(tensors: &[PlannedTensor], dtype: NumberFormat) -> Vec<u8> {
 }
 
 /// Makes and writes one file, down to the disk.
-pub(super) fn write(path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), SynthesizeError> {
-    let mut file = File::create_new(path).map_err(SynthesizeError::io(path))?;
-    file.write_all(&plan.header).map_err(SynthesizeError::io(path))?;
+pub(super) fn write(path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), WriteError> {
+    let mut file = File::create_new(path).map_err(WriteError::io(path))?;
+    file.write_all(&plan.header).map_err(WriteError::io(path))?;
     write_data(file, path, plan, writing)
 }
 
 /// All threads make pieces while one writes those that are done.
-pub(super) fn write_data(
-    file: File,
-    path: &Path,
-    plan: &ShardPlan,
-    writing: &Writing<'_>,
-) -> Result<(), SynthesizeError> {
+pub(super) fn write_data(file: File, path: &Path, plan: &ShardPlan, writing: &Writing<'_>) -> Result<(), WriteError> {
     let threads = thread::available_parallelism().map_or(1, usize::from);
     let values: Vec<TensorValues> = plan
         .tensors
@@ -176,7 +171,7 @@ pub(super) fn write_data(
         }
         drop(sender);
         let written = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        outcome.and(written.map_err(SynthesizeError::io(path)))
+        outcome.and(written.map_err(WriteError::io(path)))
     })
 }
 
@@ -229,7 +224,7 @@ fn batches(pieces: &[Piece], elements: usize) -> impl Iterator<Item = &[Piece]> 
 }
 
 /// The bytes of each piece, in order; threads take the next piece as they become free.
-fn make(batch: &[Piece], values: &[TensorValues], dtype: NumberFormat, threads: usize) -> Vec<Vec<u8>> {
+fn make(batch: &[Piece], values: &[TensorValues], dtype: Element, threads: usize) -> Vec<Vec<u8>> {
     let next = AtomicUsize::new(0);
     let take_pieces = || {
         let mut made = Vec::new();

@@ -21,7 +21,7 @@ fn small_config(family: Family) -> String {
 }
 
 fn make(request: &SynthesizeRequest<'_>) -> SynthesizeReport {
-    synthesize_with_space(request, |_| Ok(PLENTY)).unwrap()
+    synthesize_with_space(request, &|_| Ok(PLENTY)).unwrap()
 }
 
 /// Names and contents of all files, sorted.
@@ -52,7 +52,7 @@ fn names(dir: &Path) -> Vec<String> {
 #[test]
 fn a_small_checkpoint_of_every_family_opens() {
     for family in Family::ALL {
-        for dtype in [NumberFormat::F32, NumberFormat::Bf16] {
+        for (dtype, element_bytes) in [(NumberFormat::F32, 4), (NumberFormat::Bf16, 2)] {
             let root = tempfile::tempdir().unwrap();
             let out = root.path().join("made");
             let config = small_config(family);
@@ -62,7 +62,7 @@ fn a_small_checkpoint_of_every_family_opens() {
             });
             let checkpoint = Checkpoint::open(&out, Needs::All).unwrap_or_else(|error| panic!("{family:?}: {error}"));
             assert_eq!(checkpoint.config().layers.len(), report.layers);
-            assert_eq!(report.weight_bytes, report.parameters * dtype.bytes() as u64);
+            assert_eq!(report.weight_bytes, report.parameters * element_bytes);
             assert!(!checkpoint.generation_config().eos_token_ids.is_empty());
             assert_eq!(names(root.path()), ["made"], "{family:?}");
         }
@@ -139,14 +139,14 @@ fn tensors_longer_than_a_piece_are_whole() {
             shape: vec![3],
         },
     ];
-    let plans = shards::split(tensors, NumberFormat::Bf16, u64::MAX);
+    let plans = shards::split(tensors, Element::Bf16, u64::MAX);
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("file");
     let reported = Mutex::new(Vec::new());
     let progress = |bytes| reported.lock().unwrap().push(bytes);
     let writing = Writing {
         seed: 3,
-        dtype: NumberFormat::Bf16,
+        dtype: Element::Bf16,
         progress: &progress,
         interrupted: None,
     };
@@ -156,7 +156,7 @@ fn tensors_longer_than_a_piece_are_whole() {
     let mut wanted = plans[0].header.clone();
     for (name, elements) in [("long", 2 * ((1 << 21) + 5)), ("short", 3)] {
         let mut bytes = vec![0; 2 * elements];
-        random::TensorValues::new(3, name, NumberFormat::Bf16).fill(0, &mut bytes);
+        random::TensorValues::new(3, name, Element::Bf16).fill(0, &mut bytes);
         wanted.extend(bytes);
     }
     assert!(written == wanted);
@@ -217,7 +217,10 @@ fn what_exists_is_left_as_it_is() {
     std::os::unix::fs::symlink("nowhere", &link).unwrap();
     for out in [&directory, &file, &link] {
         let error = synthesize(&SynthesizeRequest::new(&config, out)).unwrap_err();
-        assert!(matches!(error, SynthesizeError::Exists { .. }), "{error}");
+        assert!(
+            matches!(error, SynthesizeError::Write(WriteError::Exists { .. })),
+            "{error}"
+        );
         assert!(error.to_string().contains(out.to_str().unwrap()), "{error}");
     }
     assert_eq!(names(root.path()), ["directory", "file", "link"]);
@@ -231,17 +234,17 @@ fn a_full_disk_is_noticed_before_anything_is_written() {
     let out = root.path().join("out");
     let config = small_config(Family::Olmoe);
     let request = SynthesizeRequest::new(&config, &out);
-    let error = synthesize_with_space(&request, |_| Ok(1000)).unwrap_err();
-    let SynthesizeError::NoSpace {
+    let error = synthesize_with_space(&request, &|_| Ok(1000)).unwrap_err();
+    let SynthesizeError::Write(WriteError::NoSpace {
         needed_bytes,
         available_bytes: 1000,
         ..
-    } = error
+    }) = error
     else {
         panic!("{error}")
     };
     assert!(names(root.path()).is_empty());
-    let report = synthesize_with_space(&request, |_| Ok(needed_bytes)).unwrap();
+    let report = synthesize_with_space(&request, &|_| Ok(needed_bytes)).unwrap();
     let taken: u64 = contents(&out).iter().map(|(_, bytes)| bytes.len() as u64).sum();
     assert!(
         report.weight_bytes < taken && taken <= needed_bytes,
@@ -259,7 +262,7 @@ fn a_model_larger_than_the_real_disk_names_what_it_needs() {
         .replace("\"num_hidden_layers\": 32", "\"num_hidden_layers\": 4096");
     let error = synthesize(&SynthesizeRequest::new(&huge, &out)).unwrap_err();
     assert!(
-        matches!(error, SynthesizeError::NoSpace { needed_bytes, .. } if needed_bytes > 10 << 40),
+        matches!(error, SynthesizeError::Write(WriteError::NoSpace { needed_bytes, .. }) if needed_bytes > 10 << 40),
         "{error}"
     );
 }
@@ -274,7 +277,10 @@ fn nothing_is_left_of_interrupted_work_and_a_stale_rest_is_replaced() {
         interrupted: Some(&stop),
         ..SynthesizeRequest::new(&config, &out)
     };
-    assert!(matches!(synthesize(&request), Err(SynthesizeError::Interrupted)));
+    assert!(matches!(
+        synthesize(&request),
+        Err(SynthesizeError::Write(WriteError::Interrupted))
+    ));
     assert!(names(root.path()).is_empty());
 
     fs::create_dir(root.path().join("out.partial")).unwrap();
@@ -301,25 +307,69 @@ fn a_write_error_is_reported_and_leaves_nothing() {
     let error = synthesize(&SynthesizeRequest::new(&config, &out)).unwrap_err();
     assert!(error.to_string().contains("missing"), "{error}");
     let error = synthesize(&SynthesizeRequest::new(&config, Path::new("/"))).unwrap_err();
-    assert!(matches!(error, SynthesizeError::Exists { .. }), "{error}");
+    assert!(
+        matches!(error, SynthesizeError::Write(WriteError::Exists { .. })),
+        "{error}"
+    );
     // A device that is always full: the reason must come through from the thread that writes.
     let plans = shards::split(
         vec![PlannedTensor {
             name: "x".to_owned(),
             shape: vec![100],
         }],
-        NumberFormat::F32,
+        Element::F32,
         1,
     );
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
     let writing = Writing {
         seed: 0,
-        dtype: NumberFormat::F32,
+        dtype: Element::F32,
         progress: &|_| {},
         interrupted: None,
     };
     let error = shards::write_data(full, Path::new("shard"), &plans[0], &writing).unwrap_err();
     assert!(error.to_string().starts_with("shard: No space left"), "{error}");
+}
+
+#[test]
+fn a_packed_checkpoint_of_every_family_has_weights_of_the_plain_ones_deviation() {
+    for family in Family::ALL {
+        for dtype in [NumberFormat::Int8, NumberFormat::Int4, NumberFormat::Mxfp4] {
+            let root = tempfile::tempdir().unwrap();
+            let out = root.path().join("made");
+            let config = small_config(family);
+            let report = make(&SynthesizeRequest {
+                dtype,
+                ..SynthesizeRequest::new(&config, &out)
+            });
+            let checkpoint = Checkpoint::open(&out, Needs::All).unwrap_or_else(|error| panic!("{family:?}: {error}"));
+            assert_eq!(checkpoint.packed_format(), Some(dtype));
+            assert_eq!(report.parameters, ParameterCounts::of(checkpoint.config()).total);
+            let norm = checkpoint.vector(TensorRole::FinalNorm).unwrap();
+            assert!(norm.iter().all(|value| (value - 1.0).abs() < 0.1), "{norm:?}");
+            let mut matrices = checkpoint.load_matrices(TensorRole::Embedding, dtype).unwrap();
+            if let (Some(moe), Some(&layer)) = (&checkpoint.config().moe, checkpoint.config().moe_layers().first()) {
+                let expert = checkpoint.load_expert(layer, moerun_types::ExpertId(0), dtype, 0..moe.intermediate);
+                matrices.push(expert.unwrap().down_proj);
+            }
+            for matrix in matrices {
+                let mut row = vec![0.0; matrix.cols()];
+                let (mut sum, mut squares) = (0.0, 0.0);
+                for index in 0..matrix.rows() {
+                    matrix.unpack_row(index, &mut row);
+                    sum += row.iter().map(|&value| f64::from(value)).sum::<f64>();
+                    squares += row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+                }
+                let count = (matrix.rows() * matrix.cols()) as f64;
+                let deviation = (squares / count).sqrt();
+                // A power of two as scale hits the deviation within a factor of the root of two.
+                let wide = matrix.format() == NumberFormat::Mxfp4;
+                let wanted = if wide { 0.0141..0.0284 } else { 0.018..0.022 };
+                assert!(wanted.contains(&deviation), "{family:?} {dtype}: {deviation}");
+                assert!((sum / count).abs() < 0.002, "{family:?} {dtype}: mean {}", sum / count);
+            }
+        }
+    }
 }
 
 #[test]

@@ -295,10 +295,16 @@ fn memory_is_that_of_padded_panels() {
     // Width 24 is padded to 32 output rows for gate and up; the 32 output rows of down are whole panels.
     assert_eq!(need.expert_bytes, 2 * (2 * 32 * 32 + 32 * 24));
     assert_eq!(need.all_experts_bytes, 2 * 8 * need.expert_bytes);
-    assert_eq!(need.kv_bytes_per_token, 2 * 2 * 2 * 16 * 4);
     let attention = 2 * (64 * 32 + 32 * 32 + 32 * 32 + 32 * 64) + 4 * (16 + 16);
-    let layer = attention + 4 * (32 + 32) + 4 * 8 * 32;
+    let router = 4 * 16 * 32; // 8 rows, padded
+    let layer = attention + 4 * (32 + 32) + router;
     assert_eq!(need.gateway_bytes, 2 * (2 * 320 * 32) + 2 * layer + 4 * 32);
+    // Two blocks of 16 rows share a line of scales; width 24 is one block.
+    let lines = |lines: u64| 64 * lines;
+    let need = MemoryNeed::of(checkpoint.config(), NumberFormat::Int8);
+    assert_eq!(need.expert_bytes, 2 * 2 * lines(17) + 2 * lines(17));
+    let need = MemoryNeed::of(checkpoint.config(), NumberFormat::Int4);
+    assert_eq!(need.expert_bytes, 2 * 2 * lines(9) + 2 * lines(9));
 }
 
 #[test]

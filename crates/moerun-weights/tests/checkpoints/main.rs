@@ -12,4 +12,5 @@ mod hashes;
 mod lies;
 mod mangled;
 mod needs;
+mod packed;
 mod quantised;

@@ -213,7 +213,7 @@ fn mxfp4(group: usize, index: usize) -> f32 {
 fn mxfp4_weights_are_codes_times_powers_of_two() {
     let dir = mxfp4_checkpoint();
     let checkpoint = open(dir.path()).unwrap();
-    assert_eq!(checkpoint.default_format(), NumberFormat::F32);
+    assert_eq!(checkpoint.default_format(), NumberFormat::Mxfp4);
     for expert in [0, 5] {
         let source = checkpoint.expert(LayerId(0), ExpertId(expert as u16)).unwrap();
         for r in 0..64 {

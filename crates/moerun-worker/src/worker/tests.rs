@@ -13,7 +13,10 @@ use moerun_routing::{Assignment, PartialSums, ShardSpec};
 use moerun_types::{BlockRange, CombineMode, ExpertId, LayerId, NumberFormat};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Streaming, transport::Channel};
+use tonic::{
+    Code, Streaming,
+    transport::{Channel, Endpoint},
+};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::*;
@@ -59,6 +62,8 @@ fn options(max_queue: usize) -> ServeOptions {
         threads: 1,
         max_queue,
         drain_timeout: Duration::from_secs(10),
+        inline_rows: 0,
+        patience: Duration::ZERO,
     }
 }
 
@@ -97,6 +102,10 @@ impl Gate {
 
 /// A worker whose experts answer with the rows' number.
 fn worker(max_queue: usize) -> (Worker, Gate) {
+    worker_with(options(max_queue))
+}
+
+fn worker_with(options: ServeOptions) -> (Worker, Gate) {
     let (go, may_go) = std_mpsc::channel();
     let (begins, begun) = std_mpsc::channel();
     let run: RunExperts = Box::new(move |work: &ExecuteWork| match work.assignments[0].expert.0 {
@@ -122,7 +131,7 @@ fn worker(max_queue: usize) -> (Worker, Gate) {
             })
         }
     });
-    let listening = Listening::start(options(max_queue), Shutdown::new()).unwrap();
+    let listening = Listening::start(options, Shutdown::new()).unwrap();
     let loaded = Arc::downgrade(&listening.loaded);
     (
         listening.serve_with(run, limits(), &identity()).unwrap(),
@@ -159,10 +168,13 @@ impl Gateway {
             .enable_all()
             .build()
             .unwrap();
-        let address = format!("http://{}", worker.address());
+        let address = match worker.address() {
+            Address::Tcp(address) => format!("http://{address}"),
+            unix @ Address::Unix(_) => unix.to_string(),
+        };
         let (requests, receiver) = mpsc::channel(64);
         let (channel, replies) = runtime.block_on(async {
-            let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+            let channel = Endpoint::from_shared(address).unwrap().connect().await.unwrap();
             let mut client = ExpertServiceClient::new(channel.clone());
             (
                 channel,
@@ -187,13 +199,17 @@ impl Gateway {
             .unwrap();
     }
 
-    fn receive(&mut self) -> Option<(u64, Result<PartialSums, ExecuteFailure>)> {
+    fn receive_raw(&mut self) -> Option<v1::ExecuteResponse> {
         let reply = self.runtime.block_on(async {
             tokio::time::timeout(Duration::from_secs(10), self.replies.message())
                 .await
                 .expect("an answer in time")
         });
-        let reply = decode_response(&reply.unwrap()?, CombineMode::Exact, 1, HIDDEN).unwrap();
+        reply.unwrap()
+    }
+
+    fn receive(&mut self) -> Option<(u64, Result<PartialSums, ExecuteFailure>)> {
+        let reply = decode_response(&self.receive_raw()?, CombineMode::Exact, 1, HIDDEN).unwrap();
         Some((reply.request_id, reply.outcome))
     }
 
@@ -367,7 +383,7 @@ fn a_drain_finishes_what_is_queued_and_refuses_the_rest() {
     assert_eq!(gateway.receive(), Some((1, sums())));
     assert_eq!(gateway.receive(), Some((2, sums())));
     assert_eq!(gateway.receive(), None);
-    let address = worker.address();
+    let address = worker.address().to_string();
     worker.wait().unwrap();
     assert!(std::net::TcpStream::connect(address).is_err(), "the port is free again");
 }
@@ -396,8 +412,63 @@ fn nothing_is_answered_before_the_experts_are_loaded() {
         let other = v1::HandshakeRequest { protocol_version: 2000 };
         let refused = client.handshake(other).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition);
-        assert_eq!(refused.message(), "protocol version: wanted major of 1000, found 2000");
+        let wanted = format!("protocol version: wanted major of {PROTOCOL_VERSION}, found 2000");
+        assert_eq!(refused.message(), wanted);
     });
+}
+
+#[test]
+fn small_requests_are_run_where_they_are_read_with_the_same_answers() {
+    let (worker, gate) = worker_with(ServeOptions {
+        inline_rows: 1,
+        patience: Duration::from_micros(50),
+        ..options(4)
+    });
+    let mut gateway = Gateway::connect(&worker);
+    for id in 1..=20 {
+        gateway.send(request(id, 0));
+        assert_eq!(gateway.receive(), Some((id, sums())));
+    }
+    gateway.send(request(21, PANICS));
+    assert!(matches!(
+        gateway.receive(),
+        Some((21, Err(ExecuteFailure::Internal { .. })))
+    ));
+    gateway.send(request(22, BAD_TERM));
+    assert!(matches!(
+        gateway.receive(),
+        Some((22, Err(ExecuteFailure::TermOutOfRange { .. })))
+    ));
+    // While one runs, the thread that reads is busy; the next is taken up afterwards.
+    gateway.send(request(23, WAITS));
+    gate.await_one();
+    gateway.send(request(24, 0));
+    gate.open();
+    assert_eq!(gateway.receive(), Some((23, sums())));
+    assert_eq!(gateway.receive(), Some((24, sums())));
+    worker.shutdown().drain();
+    assert_eq!(gateway.receive(), None);
+    worker.wait().unwrap();
+}
+
+#[test]
+fn an_echo_has_the_bytes_that_were_sent_over_a_unix_socket_too() {
+    let folder = moerun_process::SocketFolder::create().unwrap();
+    for listen in ["127.0.0.1:0".to_owned(), folder.address(0).to_string()] {
+        let (worker, _gate) = worker_with(ServeOptions { listen, ..options(1) });
+        let mut gateway = Gateway::connect(&worker);
+        for length in [1, 4096, 3 << 20] {
+            let echo: Vec<u8> = (0..length).map(|index| (index % 251) as u8).collect();
+            gateway.send(v1::ExecuteRequest {
+                request_id: 7,
+                echo: echo.clone().into(),
+                ..Default::default()
+            });
+            let response = gateway.receive_raw().unwrap();
+            assert_eq!((response.request_id, response.status()), (7, v1::ExecuteStatus::Ok));
+            assert!(response.echo == echo);
+        }
+    }
 }
 
 #[test]
@@ -435,7 +506,19 @@ fn what_makes_no_sense_is_refused_before_anything_is_loaded() {
         combine_block: Some(0),
         ..config("mixtral", ShardSpec::All)
     };
-    assert_eq!(refused(no_block), "combine_block: wanted at least 1, found 0");
+    assert_eq!(
+        refused(no_block),
+        "a combine block of 0 columns with f32 weights: wanted a positive multiple of 1"
+    );
+    let short_block = WorkerConfig {
+        weights: Some(NumberFormat::Int8),
+        combine_block: Some(8),
+        ..config("mixtral", ShardSpec::All)
+    };
+    assert_eq!(
+        refused(short_block),
+        "a combine block of 8 columns with int8 weights: wanted a positive multiple of 32"
+    );
     let beyond = refused(config("mixtral", ShardSpec::parse_experts("0:99").unwrap()));
     assert!(beyond.contains("99"), "{beyond}");
     let nowhere = refused(config("no-such-model", ShardSpec::All));

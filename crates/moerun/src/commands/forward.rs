@@ -270,7 +270,7 @@ fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool)
     let model = &experts.model;
     batch.check(model.config())?;
     let pages_each = batch.length.div_ceil(KV_PAGE_TOKENS);
-    let mut kv = KvCache::new(model.config(), pages_each * batch.sequences);
+    let mut kv = KvCache::new(model.config(), settings.kv_format, pages_each * batch.sequences);
     let pages: Vec<u32> = (0..u32::try_from(pages_each * batch.sequences)?).collect();
     let moe_layers = model.config().moe_layers();
     let mut outputs = Outputs::default();

@@ -4,16 +4,14 @@ mod words;
 
 use std::io::{self, Write};
 
+use moerun_model::KvCache;
 use moerun_process::{LogFormat, init_telemetry};
-use moerun_types::{NumberFormat, default_combine_block};
+use moerun_types::{KvFormat, NumberFormat, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
 use serde_json::{Value, json};
 
 use self::words::{attention, count, counted, gate};
 use crate::{cli::InspectArgs, size::ByteSize};
-
-/// Number formats that experts can be held in.
-const FORMATS: [NumberFormat; 2] = [NumberFormat::F32, NumberFormat::Bf16];
 
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
@@ -43,18 +41,21 @@ fn has_all_experts(checkpoint: &Checkpoint) -> bool {
 fn as_json(checkpoint: &Checkpoint) -> Value {
     let config = checkpoint.config();
     let parameters = ParameterCounts::of(config);
-    let memory: serde_json::Map<String, Value> = FORMATS
-        .iter()
-        .map(|&format| {
+    let memory: serde_json::Map<String, Value> = NumberFormat::ALL
+        .into_iter()
+        .map(|format| {
             let need = MemoryNeed::of(config, format);
             let need = json!({
                 "gateway_bytes": need.gateway_bytes,
                 "expert_bytes": need.expert_bytes,
                 "all_experts_bytes": need.all_experts_bytes,
-                "kv_bytes_per_token": need.kv_bytes_per_token,
             });
             (format.to_string(), need)
         })
+        .collect();
+    let kv_bytes_per_token: serde_json::Map<String, Value> = KvFormat::ALL
+        .iter()
+        .map(|&format| (format.to_string(), json!(KvCache::bytes_per_token(config, format))))
         .collect();
     json!({
         "config": config,
@@ -68,6 +69,7 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
             "per_expert": parameters.per_expert,
         },
         "memory": memory,
+        "kv_bytes_per_token": kv_bytes_per_token,
         "has_all_experts": has_all_experts(checkpoint),
         "has_all_others": checkpoint.dense_header_hash().is_some(),
         "config_hash": checkpoint.config_hash(),
@@ -126,7 +128,10 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
     ));
     lines.push((
         "stored as".to_owned(),
-        format!("{} (default of --weights)", checkpoint.default_format()),
+        match checkpoint.packed_format() {
+            Some(packed) => format!("{packed}, packed: mapped as it is, and run in no other format"),
+            None => format!("{} (default of --weights)", checkpoint.default_format()),
+        },
     ));
     if !has_all_experts(checkpoint) {
         lines.push((
@@ -140,7 +145,7 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
             "not all here: a copy for workers".to_owned(),
         ));
     }
-    for format in FORMATS {
+    for format in NumberFormat::ALL {
         let need = MemoryNeed::of(config, format);
         let experts = match need.all_experts_bytes {
             0 => String::new(),
@@ -152,13 +157,14 @@ fn as_lines(checkpoint: &Checkpoint) -> Vec<(String, String)> {
         };
         lines.push((
             format!("memory in {format}"),
-            format!(
-                "gateway {}, and {} per token of context{experts}",
-                ByteSize(need.gateway_bytes),
-                ByteSize(need.kv_bytes_per_token)
-            ),
+            format!("gateway {}{experts}", ByteSize(need.gateway_bytes)),
         ));
     }
+    let kv = KvFormat::ALL.map(|format| format!("{} in {format}", ByteSize(KvCache::bytes_per_token(config, format))));
+    lines.push((
+        "keys and values".to_owned(),
+        format!("per token of context {} (--kv-format)", kv.join(", ")),
+    ));
     lines.push(("config hash".to_owned(), checkpoint.config_hash()));
     lines
 }

@@ -1,18 +1,12 @@
 //! `moerun synthesize`: a random-weight checkpoint of a real shape.
 
-use std::{
-    io::{self, Write},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-};
+use std::io::{self, Write};
 
 use anyhow::{Context, bail};
-use moerun_process::{LoadProgress, LogFormat, Shutdown, WARNINGS_AND_PROGRESS, init_telemetry};
+use moerun_process::{LogFormat, WARNINGS_AND_PROGRESS, init_telemetry};
 use moerun_weights::{DEFAULT_SHARD_BYTES, SHAPES, Shape, SynthesizeRequest, synthesize};
 
+use super::writing::{WritingProgress, interrupted_by_signals};
 use crate::{cli::SynthesizeArgs, size::ByteSize};
 
 /// Runs the command.
@@ -31,7 +25,7 @@ pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
     };
     let out = args.out.as_deref().context("wanted --out DIR")?;
     let interrupted = interrupted_by_signals()?;
-    let writing = Mutex::new(Some(LoadProgress::new(format!("{}", out.display()))));
+    let writing = WritingProgress::new(out);
     let report = synthesize(&SynthesizeRequest {
         config_json: &config_json,
         layers: args.layers,
@@ -39,18 +33,10 @@ pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
         dtype: args.weights,
         out,
         max_shard_bytes: DEFAULT_SHARD_BYTES,
-        progress: Some(&|progress| {
-            if let Ok(mut writing) = writing.lock()
-                && let Some(writing) = writing.as_mut()
-            {
-                writing.update(progress.written_bytes, progress.total_bytes);
-            }
-        }),
+        progress: Some(&|progress| writing.update(progress.written_bytes, progress.total_bytes)),
         interrupted: Some(&interrupted),
     })?;
-    if let Some(writing) = writing.into_inner().ok().flatten() {
-        writing.finish();
-    }
+    writing.finish();
     writeln!(
         io::stdout(),
         "{}: {} layers, {} tensors, {:.2} billion parameters, {} in {} file(s)",
@@ -66,20 +52,4 @@ pub(crate) fn run(args: &SynthesizeArgs) -> anyhow::Result<()> {
 
 fn shape(name: &str) -> anyhow::Result<&'static Shape> {
     Shape::by_name(name).with_context(|| format!("--shape: unknown shape {name:?}"))
-}
-
-/// Becomes true at the first signal, so that what was written is removed.
-fn interrupted_by_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let shutdown = Shutdown::on_signals().context("signals")?;
-    shutdown.begin(); // what a signal leaves behind is removed
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .context("async runtime")?;
-    let flag = Arc::clone(&interrupted);
-    thread::spawn(move || {
-        runtime.block_on(shutdown.draining());
-        flag.store(true, Ordering::Relaxed);
-    });
-    Ok(interrupted)
 }

@@ -1,7 +1,7 @@
 //! `moerun worker`: holds experts and runs them for gateways.
 
 use anyhow::Context;
-use moerun_process::{Exit, Shutdown, available_threads};
+use moerun_process::{Address, Exit, Shutdown, available_threads};
 use moerun_routing::ShardSpec;
 use moerun_worker::{Worker, WorkerConfig};
 
@@ -20,19 +20,37 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     };
     let mut settings = Settings::load(&args.serving, &role)?;
     super::start_logging(&mut settings, "info")?;
+    let threads = settings.threads.unwrap_or_else(available_threads);
+    let cores = available_threads();
+    // A gateway on this host computes too.
+    let gateway_here = usize::from(Address::parse(&settings.listen).is_ok_and(|it| it.is_on_this_host()));
     let config = WorkerConfig {
+        patience: settings.spin.patience(threads + gateway_here, cores),
         weights: settings.weights,
         combine: settings.combine,
         combine_block: settings.combine_block,
-        threads: settings.threads.unwrap_or_else(available_threads),
+        load: settings.load,
+        threads,
         max_queue: settings.max_queue,
         ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)
     };
     let shutdown = Shutdown::on_signals().context("signals")?;
     if args.exit_with_parent {
+        // The parent made the folder; should it have been killed, the last worker takes it along.
+        if let Ok(Address::Unix(path)) = Address::parse(&config.listen)
+            && let Some(folder) = path.parent()
+        {
+            shutdown.remove_at_end(folder.to_owned());
+        }
         shutdown.drain_with_parent().context("standard input")?;
     }
-    let worker = Worker::start(&config, shutdown.clone())?;
+    let outcome = serve(&config, &shutdown);
+    shutdown.remove_leftovers();
+    outcome
+}
+
+fn serve(config: &WorkerConfig, shutdown: &Shutdown) -> anyhow::Result<Exit> {
+    let worker = Worker::start(config, shutdown.clone())?;
     shutdown.begin();
     super::print_ready(worker.address())?;
     worker.wait()?;

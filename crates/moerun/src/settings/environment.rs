@@ -17,18 +17,20 @@ enum Form {
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 21] = [
+const VARIABLES: [(&str, &str, Form); 23] = [
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
     ("MOERUN_COMBINE_BLOCK", "combine_block", Form::Number),
     ("MOERUN_THREADS", "threads", Form::Number),
     ("MOERUN_KV_MEMORY", "kv_memory", Form::Text),
+    ("MOERUN_KV_FORMAT", "kv_format", Form::Text),
     ("MOERUN_MAX_CONTEXT", "max_context", Form::Number),
     ("MOERUN_MAX_BATCH_TOKENS", "max_batch_tokens", Form::Number),
     ("MOERUN_MAX_QUEUE", "max_queue", Form::Number),
     ("MOERUN_PREFIX_CACHE", "prefix_cache", Form::Text),
     ("MOERUN_SPECULATE", "speculate", Form::Number),
+    ("MOERUN_SPIN", "spin", Form::Text),
     ("MOERUN_SERVED_NAME", "served_name", Form::Text),
     ("MOERUN_LOG_FORMAT", "log_format", Form::Text),
     ("MOERUN_LOG", "log_level", Form::Text),

@@ -2,7 +2,9 @@
 
 use moerun_kernels::Activations;
 use moerun_routing::{PartialSums, ShardSpec, whole_assignments};
-use moerun_types::{BlockRange, CombineMode, ExpertSlice, NumberFormat, Numerics, RoutingWeightTarget};
+use moerun_types::{
+    ActivationFormat, BlockRange, CombineMode, ExpertSlice, NumberFormat, Numerics, RoutingWeightTarget,
+};
 use ndarray::Array2;
 
 use super::{EXACT, Golden, assert_close, pool};
@@ -51,9 +53,9 @@ fn any_sharding_gives_the_bits_of_whole_experts() {
         "deepseek_v3",
     ] {
         let golden = Golden::open(family, 1);
-        for format in [NumberFormat::F32, NumberFormat::Bf16] {
+        for format in NumberFormat::ALL {
             // 16 leaves a short last block where the intermediate dimension is 24.
-            for combine_block in [8, 16] {
+            for combine_block in if format.is_quantized() { [32, 64] } else { [8, 16] } {
                 let numerics = Numerics {
                     format,
                     combine_block,
@@ -150,17 +152,7 @@ fn loading_reports_its_progress_up_to_the_end() {
     assert_eq!(reports.len(), slices.len() + 1);
     assert!(reports.is_sorted() && reports[0].0 == 0, "{reports:?}");
     let &(done, total) = reports.last().unwrap();
-    let config = golden.checkpoint.config();
-    let moe = config.moe.as_ref().unwrap();
-    assert_eq!(
-        (done, total),
-        (total, (slices.len() * 3 * moe.intermediate * config.hidden * 4) as u64)
-    );
-    assert!(
-        bank.memory_bytes() >= total,
-        "{} bytes held of {total}",
-        bank.memory_bytes()
-    );
+    assert_eq!((done, total), (bank.memory_bytes(), bank.memory_bytes()));
     let empty = golden.bank(&[], EXACT);
     assert_eq!((empty.held(), empty.memory_bytes()), (&[][..], 0));
 }
@@ -172,7 +164,7 @@ fn nothing_to_do_sums_to_zero() {
     let x = golden.activations(EXACT);
     let sums = bank.execute(&pool(), golden.layer, &x, &[]).unwrap();
     assert_eq!(sums, PartialSums::zeros(CombineMode::Exact, x.rows(), x.cols()));
-    let no_rows = Activations::round(NumberFormat::F32, Array2::zeros((0, 32)).view());
+    let no_rows = Activations::round(ActivationFormat::F32, Array2::zeros((0, 32)).view());
     let sums = bank.execute(&pool(), golden.layer, &no_rows, &[]).unwrap();
     assert_eq!(sums.to_f32().dim(), (0, 32));
 }

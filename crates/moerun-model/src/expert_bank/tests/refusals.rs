@@ -2,7 +2,7 @@
 
 use moerun_kernels::Activations;
 use moerun_routing::{Assignment, ShardSpec};
-use moerun_types::{BlockRange, ExpertId, ExpertSlice, LayerId, NumberFormat};
+use moerun_types::{ActivationFormat, BlockRange, ExpertId, ExpertSlice, LayerId};
 use moerun_weights::{Checkpoint, Needs};
 use ndarray::Array2;
 use safetensors::SafeTensors;
@@ -134,7 +134,7 @@ fn batches_that_do_not_fit_are_refused() {
         );
     }
 
-    let narrow = Activations::round(NumberFormat::F32, Array2::zeros((2, 31)).view());
+    let narrow = Activations::round(ActivationFormat::F32, Array2::zeros((2, 31)).view());
     let refused = bank.execute(&pool(), LayerId(0), &narrow, &[good]).unwrap_err();
     assert_eq!(
         refused,
@@ -144,13 +144,13 @@ fn batches_that_do_not_fit_are_refused() {
             found: 31
         }
     );
-    let rounded = Activations::round(NumberFormat::Bf16, golden.input.view());
+    let rounded = Activations::round(ActivationFormat::Bf16, golden.input.view());
     let refused = bank.execute(&pool(), LayerId(0), &rounded, &[good]).unwrap_err();
     assert_eq!(
         refused,
         ExpertError::Format {
-            wanted: NumberFormat::F32,
-            found: NumberFormat::Bf16
+            wanted: ActivationFormat::F32,
+            found: ActivationFormat::Bf16
         }
     );
 }

@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 /// Bytes that an unprivileged process may still write to the file system of `dir`.
-pub(super) fn available_bytes(dir: &Path) -> io::Result<u64> {
+pub(crate) fn available_bytes(dir: &Path) -> io::Result<u64> {
     let file_system = rustix::fs::statvfs(dir)?;
     Ok(file_system.f_bavail.saturating_mul(file_system.f_frsize))
 }
