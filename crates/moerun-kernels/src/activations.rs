@@ -154,6 +154,41 @@ impl Activations {
         }
     }
 
+    /// The rows of all `parts`, one after another. Panics if there are none, or formats or widths differ.
+    pub fn concatenate(parts: &[&Activations]) -> Self {
+        let (format, cols) = (parts[0].format(), parts[0].cols());
+        assert!(
+            parts.iter().all(|part| part.format() == format && part.cols() == cols),
+            "parts of one format and width"
+        );
+        let mut all = Activations::round(format, ArrayView2::from(&[] as &[[f32; 0]; 0]));
+        let total = parts.iter().map(|part| part.rows()).sum();
+        for part in parts {
+            match (&mut all, part) {
+                (Activations::F32 { data: all, .. }, Activations::F32 { data, .. }) => all.extend_from_slice(data),
+                (Activations::Bf16 { data: all, .. }, Activations::Bf16 { data, .. }) => all.extend_from_slice(data),
+                (
+                    Activations::Int8 {
+                        codes: all_codes,
+                        scales: all_scales,
+                        ..
+                    },
+                    Activations::Int8 { codes, scales, .. },
+                ) => {
+                    all_codes.extend_from_slice(codes);
+                    all_scales.extend_from_slice(scales);
+                }
+                _ => unreachable!("the formats are equal"),
+            }
+        }
+        match &mut all {
+            Activations::F32 { rows, cols: width, .. }
+            | Activations::Bf16 { rows, cols: width, .. }
+            | Activations::Int8 { rows, cols: width, .. } => (*rows, *width) = (total, cols),
+        }
+        all
+    }
+
     /// Appends the rows named by `rows` to `out`, little-endian: what goes on the wire. A row of 8-bit codes is its
     /// `cols` codes, then its scales as f32. Panics if one is out of range.
     pub fn append_rows_le(&self, rows: &[u32], out: &mut Vec<u8>) {
@@ -353,6 +388,19 @@ mod tests {
     fn a_nan_stays_a_nan() {
         let x = Array2::from_elem((1, 1), f32::from_bits(0x7f80_0001));
         assert!(Activations::round(ActivationFormat::Bf16, x.view()).to_f32()[[0, 0]].is_nan());
+    }
+
+    #[test]
+    fn parts_one_after_another_are_the_whole() {
+        for format in [ActivationFormat::F32, ActivationFormat::Bf16, ActivationFormat::Int8] {
+            let whole = Activations::round(format, sample().view());
+            let parts = [
+                whole.select_rows(&[0, 1]),
+                whole.select_rows(&[]),
+                whole.select_rows(&[2, 3, 4]),
+            ];
+            assert_eq!(Activations::concatenate(&parts.each_ref()), whole);
+        }
     }
 
     #[test]

@@ -72,6 +72,31 @@ impl PartialSums {
         }
     }
 
+    /// The first `rows[0]` rows, the following `rows[1]`, and so on: all of them. Panics if they are another number.
+    pub fn split(self, rows: &[usize]) -> Vec<PartialSums> {
+        assert_eq!(rows.iter().sum::<usize>(), self.rows(), "rows of all parts");
+        fn cut<T: Copy>(sums: &[T], hidden: usize, rows: &[usize]) -> Vec<Vec<T>> {
+            let mut rest = sums;
+            let mut parts = Vec::with_capacity(rows.len());
+            for &rows in rows {
+                let (part, others) = rest.split_at(rows * hidden);
+                parts.push(part.to_vec());
+                rest = others;
+            }
+            parts
+        }
+        match self {
+            PartialSums::Exact { hidden, sums } => cut(&sums, hidden, rows)
+                .into_iter()
+                .map(|sums| PartialSums::Exact { hidden, sums })
+                .collect(),
+            PartialSums::Fast { hidden, sums } => cut(&sums, hidden, rows)
+                .into_iter()
+                .map(|sums| PartialSums::Fast { hidden, sums })
+                .collect(),
+        }
+    }
+
     /// Adds row `i` of `other` to row `rows[i]` of `self`. In exact mode the order of such calls cannot change a bit.
     ///
     /// Errors: another mode or row length, another number of rows than `rows` names, a row beyond the last. `self` is

@@ -4,21 +4,20 @@ use std::{
     any::Any,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{
-        Arc, Mutex, PoisonError,
-        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Instant,
 };
 
-use moerun_kernels::flush_denormals;
+use moerun_kernels::{Activations, flush_denormals};
 use moerun_model::ExpertError;
 use moerun_proto::{ExecuteFailure, ExecuteWork, encode_failure, encode_response, v1};
-use moerun_routing::PartialSums;
+use moerun_routing::{Assignment, PartialSums};
 use tokio::sync::{mpsc::OwnedPermit, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+
+use crate::queue::{JobReceiver, JobSender, NotQueued, job_queue};
 
 /// Runs the experts of one request.
 pub(crate) type RunExperts = Box<dyn FnMut(&ExecuteWork) -> Result<PartialSums, ExpertError> + Send>;
@@ -42,7 +41,7 @@ pub(crate) struct Job {
 #[derive(Clone)]
 pub(crate) struct Compute {
     run: Arc<Mutex<RunExperts>>,
-    jobs: SyncSender<Job>,
+    jobs: JobSender,
     max_queue: usize,
     inline_rows: usize,
     outstanding: watch::Sender<usize>,
@@ -53,7 +52,7 @@ impl Compute {
     /// that submits them while there are no others.
     pub(crate) fn start(run: RunExperts, max_queue: usize, inline_rows: usize) -> io::Result<(Self, JoinHandle<()>)> {
         let run = Arc::new(Mutex::new(run));
-        let (jobs, queue) = sync_channel(max_queue);
+        let (jobs, queue) = job_queue(max_queue);
         let queue_run = Arc::clone(&run);
         let outstanding = watch::Sender::new(0);
         let finished = outstanding.clone();
@@ -92,10 +91,12 @@ impl Compute {
             finish(job, &mut run, &self.outstanding);
             return;
         }
-        let (job, failure) = match self.jobs.try_send(job) {
-            Ok(()) => return,
-            Err(TrySendError::Full(job)) => (job, ExecuteFailure::Overloaded),
-            Err(TrySendError::Disconnected(job)) => (
+        let Err(refused) = self.jobs.try_send(job) else {
+            return;
+        };
+        let (job, failure) = match *refused {
+            NotQueued::Full(job) => (job, ExecuteFailure::Overloaded),
+            NotQueued::Ended(job) => (
                 job,
                 ExecuteFailure::Internal {
                     message: "the compute thread has ended".to_owned(),
@@ -126,15 +127,66 @@ impl std::fmt::Debug for Compute {
     }
 }
 
-fn serve_queue(queue: &Receiver<Job>, run: &Mutex<RunExperts>, outstanding: &watch::Sender<usize>) {
+fn serve_queue(queue: &JobReceiver, run: &Mutex<RunExperts>, outstanding: &watch::Sender<usize>) {
     flush_denormals();
-    while let Ok(job) = queue.recv() {
+    while let Some(jobs) = queue.take() {
         // What panics is caught while the lock is held, so it is never poisoned.
-        finish(
-            job,
-            &mut run.lock().unwrap_or_else(PoisonError::into_inner),
-            outstanding,
-        );
+        let mut run = run.lock().unwrap_or_else(PoisonError::into_inner);
+        finish_together(jobs, &mut run, outstanding);
+    }
+}
+
+/// Runs requests as one. Should that fail, each is run alone, so that one gateway's bad rows fail its own request only.
+fn finish_together(jobs: Vec<Job>, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
+    let (together, rest): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(|job| !job.is_over());
+    let mut answered = Vec::new();
+    if together.len() > 1 {
+        let begun = Instant::now();
+        let work = as_one(&together);
+        if let Ok(Ok(sums)) = catch_unwind(AssertUnwindSafe(|| run(&work))) {
+            let computed = begun.elapsed();
+            let rows: Vec<usize> = together.iter().map(|job| job.work.activations.rows()).collect();
+            let responses = sums.split(&rows);
+            answered = responses
+                .iter()
+                .zip(&together)
+                .map(|(sums, job)| encode_response(job.work.request_id, sums, begun - job.arrived, computed))
+                .collect();
+        }
+    }
+    if answered.is_empty() {
+        for job in together.into_iter().chain(rest) {
+            finish(job, run, outstanding);
+        }
+        return;
+    }
+    for (job, response) in together.into_iter().zip(answered) {
+        job.reply.send(Ok(response));
+        outstanding.send_modify(|count| *count -= 1);
+    }
+    for job in rest {
+        finish(job, run, outstanding);
+    }
+}
+
+/// The rows and assignments of all `jobs`, one after another.
+fn as_one(jobs: &[Job]) -> ExecuteWork {
+    let activations: Vec<&Activations> = jobs.iter().map(|job| &job.work.activations).collect();
+    let mut assignments = Vec::with_capacity(jobs.iter().map(|job| job.work.assignments.len()).sum());
+    let mut first_row = 0;
+    for job in jobs {
+        assignments.extend(job.work.assignments.iter().map(|assignment| Assignment {
+            row: assignment.row + first_row,
+            ..*assignment
+        }));
+        first_row += job.work.activations.rows() as u32;
+    }
+    ExecuteWork {
+        request_id: jobs[0].work.request_id,
+        layer: jobs[0].work.layer,
+        activations: Activations::concatenate(&activations),
+        assignments,
+        deadline: None,
     }
 }
 
@@ -146,13 +198,26 @@ fn finish(job: Job, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
     outstanding.send_modify(|count| *count -= 1);
 }
 
+impl Job {
+    /// Whether nobody waits for the answer any more, or not for this one.
+    fn is_over(&self) -> bool {
+        self.abandoned.is_cancelled() || self.is_late()
+    }
+
+    fn is_late(&self) -> bool {
+        self.work
+            .deadline
+            .is_some_and(|deadline| self.arrived.elapsed() >= deadline)
+    }
+}
+
 fn answer(job: &Job, run: &mut RunExperts) -> v1::ExecuteResponse {
     let id = job.work.request_id;
-    let begun = Instant::now();
-    let queued = begun - job.arrived;
-    if job.work.deadline.is_some_and(|deadline| queued >= deadline) {
+    if job.is_late() {
         return encode_failure(id, ExecuteFailure::DeadlineExceeded);
     }
+    let begun = Instant::now();
+    let queued = begun - job.arrived;
     // A panicking request must not take the others with it; the bank is read-only, so nothing is left half changed.
     match catch_unwind(AssertUnwindSafe(|| run(&job.work))) {
         Ok(Ok(sums)) => {

@@ -1,7 +1,7 @@
 //! A process that holds experts and answers for them.
 //!
 //! Two threads matter: the data plane's, which reads requests and writes answers, and the compute thread, which runs
-//! one request after another on the CPU pool. A bounded queue lies between them. A small request that comes alone is run
+//! one request after another on the CPU pool, those that wait for one layer together. A bounded queue lies between them. A small request that comes alone is run
 //! by the former itself, as a member of the pool: nobody is woken for it.
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod identity;
 mod memory;
+mod queue;
 mod server;
 mod service;
 mod worker;

@@ -255,3 +255,17 @@ fn terms_of_an_element_are_blocks_and_down_bias_of_each_expert() {
     moe.down_bias = true;
     assert_eq!(terms_per_element(&moe, &numerics), 8);
 }
+
+#[test]
+fn the_parts_of_a_split_are_its_rows() {
+    let whole = PartialSums::Exact {
+        hidden: 2,
+        sums: (0..10).collect(),
+    };
+    let parts = whole.clone().split(&[1, 0, 4]);
+    assert_eq!(parts.iter().map(PartialSums::rows).collect::<Vec<_>>(), [1, 0, 4]);
+    let mut again = PartialSums::zeros(CombineMode::Exact, 5, 2);
+    again.add_rows(&[0], &parts[0]).unwrap();
+    again.add_rows(&[1, 2, 3, 4], &parts[2]).unwrap();
+    assert_eq!(again, whole);
+}

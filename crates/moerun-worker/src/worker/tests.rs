@@ -1,5 +1,5 @@
 use std::{
-    sync::{Weak, mpsc as std_mpsc},
+    sync::{Mutex, Weak, mpsc as std_mpsc},
     time::{Duration, Instant},
 };
 
@@ -73,6 +73,8 @@ struct Gate {
     begun: std_mpsc::Receiver<()>,
     /// Weak: a worker ends when nobody holds its queue any more.
     loaded: Weak<OnceLock<Loaded>>,
+    /// Rows of each run so far.
+    runs: Arc<Mutex<Vec<usize>>>,
 }
 
 impl Gate {
@@ -100,7 +102,7 @@ impl Gate {
     }
 }
 
-/// A worker whose experts answer with the rows' number.
+/// A worker whose experts answer with ones.
 fn worker(max_queue: usize) -> (Worker, Gate) {
     worker_with(options(max_queue))
 }
@@ -108,34 +110,45 @@ fn worker(max_queue: usize) -> (Worker, Gate) {
 fn worker_with(options: ServeOptions) -> (Worker, Gate) {
     let (go, may_go) = std_mpsc::channel();
     let (begins, begun) = std_mpsc::channel();
-    let run: RunExperts = Box::new(move |work: &ExecuteWork| match work.assignments[0].expert.0 {
-        PANICS => panic!("expert {PANICS} burns"),
-        BAD_TERM => Err(ExpertError::Term {
-            layer: work.layer,
-            expert: ExpertId(BAD_TERM),
-            block: Some(0),
-            term: f32::NAN,
-            limit: 1.0,
-        }),
-        expert => {
-            if expert == WAITS {
-                let _ = begins.send(());
-                may_go
-                    .recv_timeout(Duration::from_secs(10))
-                    .expect("the test lets every waiting request go on");
+    let runs = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&runs);
+    let run: RunExperts = Box::new(move |work: &ExecuteWork| {
+        noted.lock().unwrap().push(work.activations.rows());
+        let mut experts = work.assignments.iter().map(|assignment| assignment.expert.0);
+        match experts.find(|&expert| expert != 0).unwrap_or(0) {
+            PANICS => panic!("expert {PANICS} burns"),
+            BAD_TERM => Err(ExpertError::Term {
+                layer: work.layer,
+                expert: ExpertId(BAD_TERM),
+                block: Some(0),
+                term: f32::NAN,
+                limit: 1.0,
+            }),
+            expert => {
+                if expert == WAITS {
+                    let _ = begins.send(());
+                    may_go
+                        .recv_timeout(Duration::from_secs(10))
+                        .expect("the test lets every waiting request go on");
+                }
+                let rows = work.activations.rows();
+                Ok(PartialSums::Exact {
+                    hidden: HIDDEN,
+                    sums: vec![1; rows * HIDDEN],
+                })
             }
-            let rows = work.activations.rows();
-            Ok(PartialSums::Exact {
-                hidden: HIDDEN,
-                sums: vec![rows as i64; rows * HIDDEN],
-            })
         }
     });
     let listening = Listening::start(options, Shutdown::new()).unwrap();
     let loaded = Arc::downgrade(&listening.loaded);
     (
         listening.serve_with(run, limits(), &identity()).unwrap(),
-        Gate { go, begun, loaded },
+        Gate {
+            go,
+            begun,
+            loaded,
+            runs,
+        },
     )
 }
 
@@ -278,6 +291,31 @@ fn a_full_queue_is_said_to_be_full() {
     for (id, gateway) in (1..).zip(&mut gateways[..2]) {
         gate.open();
         assert_eq!(gateway.receive(), Some((id, sums())));
+    }
+}
+
+#[test]
+fn requests_that_wait_for_one_layer_are_run_together_and_fail_alone() {
+    for (expert_of_last, runs) in [
+        (0, vec![1, 3]),
+        (BAD_TERM, vec![1, 3, 1, 1, 1]),
+        (PANICS, vec![1, 3, 1, 1, 1]),
+    ] {
+        let (worker, gate) = worker(8);
+        let mut gateways = [(); 3].map(|()| Gateway::connect(&worker));
+        gateways[0].send(request(1, WAITS));
+        gate.await_one();
+        for (id, gateway) in (2..).zip(&gateways) {
+            gateway.send(request(id, if id == 4 { expert_of_last } else { 0 }));
+        }
+        gate.await_outstanding(4);
+        gate.open();
+        assert_eq!(gateways[0].receive(), Some((1, sums())));
+        assert_eq!(gateways[0].receive(), Some((2, sums())));
+        assert_eq!(gateways[1].receive(), Some((3, sums())));
+        let (id, outcome) = gateways[2].receive().unwrap();
+        assert_eq!((id, outcome.is_ok()), (4, expert_of_last == 0), "{outcome:?}");
+        assert_eq!(*gate.runs.lock().unwrap(), runs);
     }
 }
 
