@@ -7,6 +7,7 @@ mod formats;
 mod gguf;
 mod loading;
 mod malformed;
+mod packed;
 mod parity;
 mod service;
 mod sizes;

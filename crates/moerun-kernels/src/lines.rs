@@ -1,6 +1,6 @@
 //! Memory in cache lines, the unit in which panels and pages are laid out: the process' own, or a part of a mapping.
 
-use std::{ops::Range, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use memmap2::{Mmap, MmapMut};
 
@@ -14,6 +14,9 @@ pub(crate) const LINE_BYTES: usize = size_of::<Line>();
 
 /// A huge page of this architecture's usual size; smaller lines live on the heap.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Reads bytes of a mapping from a place on: from the mapping itself, or from the file behind it.
+pub(crate) type ReadMapped<'a> = &'a mut dyn FnMut(&Arc<Mmap>, usize, &mut [u8]) -> io::Result<()>;
 
 /// Lines that start on a cache line border.
 #[derive(Debug)]
@@ -70,25 +73,30 @@ impl Lines {
         lines
     }
 
-    /// Copies of `parts`, one after another in one mapping of their own; `None` where the system gives none.
-    pub(crate) fn gathered(parts: &[&[Line]]) -> Option<Vec<Lines>> {
-        let bytes = parts.iter().map(|part| size_of_val(*part)).sum();
-        let (mut pages, first_byte) = huge_pages(bytes)?;
+    /// Copies of `parts`, one after another in one mapping of their own; `None` where the system gives none. What is
+    /// mapped is fetched by `read`, with its mapping and the place there of its first byte.
+    pub(crate) fn gathered(parts: &[&Lines], read: ReadMapped<'_>) -> io::Result<Option<Vec<Lines>>> {
+        let bytes = parts.iter().map(|part| part.bytes()).sum();
+        let Some((mut pages, first_byte)) = huge_pages(bytes) else {
+            return Ok(None);
+        };
         let mut end = first_byte;
         let mut places = Vec::with_capacity(parts.len());
         for part in parts {
-            let place = end..end + size_of_val(*part);
-            pages[place.clone()].copy_from_slice(bytemuck::cast_slice(part));
+            let place = end..end + part.bytes();
+            let out = &mut pages[place.clone()];
+            match &part.memory {
+                Memory::Mapped(map) => read(map, part.first_byte, out)?,
+                Memory::Heap(_) | Memory::Pages(_) => out.copy_from_slice(bytemuck::cast_slice(part.as_slice())),
+            }
             end = place.end;
             places.push(place);
         }
-        let map = Arc::new(pages.make_read_only().ok()?);
-        Some(
-            places
-                .into_iter()
-                .map(|place| Self::mapped(Arc::clone(&map), place))
-                .collect(),
-        )
+        let Ok(map) = pages.make_read_only().map(Arc::new) else {
+            return Ok(None);
+        };
+        let lines = |place| Self::mapped(Arc::clone(&map), place);
+        Ok(Some(places.into_iter().map(lines).collect()))
     }
 
     /// Some of the lines: shared where they are mapped, else copied.
@@ -188,7 +196,8 @@ mod tests {
         let mut first = Lines::zeroed(5);
         first.as_mut_slice()[4][3] = 7;
         let second = Lines::zeroed(40_000);
-        let gathered = Lines::gathered(&[first.as_slice(), second.as_slice()]).expect("memory");
+        let unmapped = &mut |_: &Arc<Mmap>, _, _: &mut [u8]| unreachable!("nothing is mapped");
+        let gathered = Lines::gathered(&[&first, &second], unmapped).unwrap().expect("memory");
         assert_eq!(gathered[0].as_slice(), first.as_slice());
         assert_eq!(gathered[1].as_slice(), second.as_slice());
         let mut clone = gathered[0].clone();

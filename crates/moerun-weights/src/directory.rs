@@ -98,15 +98,16 @@ impl Directory {
     }
 }
 
-/// Maps a file read-only.
-pub(crate) fn map(path: &Path) -> Result<Mmap, WeightsError> {
+/// Maps a file read-only; the file as well, to be read.
+pub(crate) fn map(path: &Path) -> Result<(Mmap, File), WeightsError> {
     let file = File::open(path).map_err(|source| io_error(path, source))?;
     // SAFETY: the mapping is read-only and private to this process' view of a regular file. Nothing here writes to it;
     // if someone else truncates the file while it is mapped, reading the lost pages ends the process (SIGBUS), which is
     // the documented condition for serving from a mapped checkpoint: do not change it underneath.
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) };
-    map.map_err(|source| io_error(path, source))
+    let map = map.map_err(|source| io_error(path, source))?;
+    Ok((map, file))
 }
 
 pub(crate) fn io_error(path: &Path, source: std::io::Error) -> WeightsError {

@@ -69,7 +69,7 @@ fn map(path: &Path) -> Result<Mmap, WeightsError> {
     if !found.is_file() {
         return Err(WeightsError::NotAFile { path: path.to_owned() });
     }
-    directory::map(&target)
+    directory::map(&target).map(|(map, _)| map)
 }
 
 /// The header of `file`, which is at `path`; every tensor's data is within the file.

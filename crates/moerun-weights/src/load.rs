@@ -1,7 +1,8 @@
 //! Checkpoint → memory: matrices in the number format asked for, mapped where the checkpoint has them packed.
 
-use std::{fmt, ops::Range, str::FromStr};
+use std::{fmt, ops::Range, str::FromStr, sync::Arc};
 
+use memmap2::Mmap;
 use moerun_kernels::{FeedForward, MappedError, PackedMatrix};
 use moerun_types::{ExpertId, LayerId, NumberFormat};
 use serde::{Deserialize, Serialize};
@@ -89,7 +90,7 @@ impl Checkpoint {
                 .map(|((format, rows, cols), place)| {
                     let mut matrix = PackedMatrix::from_mapped(format, rows, cols, map, place)?;
                     if self.load == Load::Copy {
-                        PackedMatrix::gather(&mut [&mut matrix]);
+                        self.gather(&mut [&mut matrix])?;
                     }
                     Ok(matrix)
                 })
@@ -199,6 +200,16 @@ impl Checkpoint {
         })
     }
 
+    /// Moves matrices into one piece of memory of this process, on huge pages where the kernel allows; mapped ones are
+    /// read from their file.
+    pub fn gather(&self, matrices: &mut [&mut PackedMatrix]) -> Result<(), WeightsError> {
+        let read = &mut |map: &Arc<Mmap>, start: usize, out: &mut [u8]| self.store.read_at(map, start, out);
+        PackedMatrix::gather(matrices, read).map_err(|source| WeightsError::Io {
+            path: self.dir().to_owned(),
+            source,
+        })
+    }
+
     fn mapped_expert(
         &self,
         stored: &StoredTensor,
@@ -207,11 +218,6 @@ impl Checkpoint {
         held: Range<usize>,
     ) -> Result<FeedForward, WeightsError> {
         let (map, place) = self.store.place(stored);
-        if self.load == Load::Copy {
-            // Read in the order of the file, in one go; a kernel that cannot reads when the pages are touched.
-            #[cfg(target_os = "linux")]
-            let _ = map.advise_range(memmap2::Advice::PopulateRead, place.start, place.len());
-        }
         let (hidden, width) = (self.config.hidden, moe.intermediate);
         let form = ExpertForm::at(place.start, &self.config, moe, format);
         let matrix = |rows, cols, place| PackedMatrix::from_mapped(format, rows, cols, map, place);

@@ -1,6 +1,6 @@
 //! All tensors of a checkpoint by name, in the shards that hold them.
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{collections::HashMap, fs::File, io, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use memmap2::Mmap;
 use moerun_types::{Family, ModelConfig};
@@ -39,6 +39,8 @@ pub(crate) struct TensorStore {
 struct Shard {
     name: String,
     map: Arc<Mmap>,
+    /// What is mapped, to be read instead where all of it is wanted at once.
+    file: Option<File>,
     /// What stands under `__metadata__`, unchecked.
     metadata: Option<Value>,
 }
@@ -109,6 +111,7 @@ impl TensorStore {
             shards: vec![Shard {
                 name,
                 map: Arc::new(file.map),
+                file: None,
                 metadata: None,
             }],
             tensors,
@@ -138,6 +141,18 @@ impl TensorStore {
     /// The mapping that holds a tensor, and where.
     pub(crate) fn place(&self, tensor: &StoredTensor) -> (&Arc<Mmap>, Range<usize>) {
         (&self.shards[tensor.shard].map, tensor.bytes.clone())
+    }
+
+    /// Reads a part of a mapping, from the file where the mapping is one of ours.
+    pub(crate) fn read_at(&self, map: &Arc<Mmap>, start: usize, out: &mut [u8]) -> io::Result<()> {
+        let shard = self.shards.iter().find(|shard| Arc::ptr_eq(&shard.map, map));
+        match shard.and_then(|shard| shard.file.as_ref()) {
+            Some(file) => file.read_exact_at(out, start as u64),
+            None => {
+                out.copy_from_slice(&map[start..start + out.len()]);
+                Ok(())
+            }
+        }
     }
 
     /// Names of the shards, and what stands in each under `__metadata__`.
@@ -207,7 +222,7 @@ impl TensorStore {
             return Ok(false);
         };
         let path = directory.path().join(name);
-        let map = directory::map(&target)?;
+        let (map, file) = directory::map(&target)?;
         let shard = self.shards.len();
         let header = header::parse(&path, &map)?;
         for found in header.tensors {
@@ -247,6 +262,7 @@ impl TensorStore {
         self.shards.push(Shard {
             name: name.to_owned(),
             map: Arc::new(map),
+            file: Some(file),
             metadata: header.metadata,
         });
         Ok(true)

@@ -197,7 +197,14 @@ mod tests {
         let mut first = mapped(&packed(NumberFormat::Int4, 0..40, 0..64));
         let mut second = packed(NumberFormat::Bf16, 0..20, 0..31);
         let before = [first.as_bytes().to_vec(), second.as_bytes().to_vec()];
-        PackedMatrix::gather(&mut [&mut first, &mut second]);
+        let read = &mut |map: &Arc<memmap2::Mmap>, start: usize, out: &mut [u8]| {
+            out.copy_from_slice(&map[start..start + out.len()]);
+            Ok(())
+        };
+        let failing = &mut |_: &Arc<memmap2::Mmap>, _, _: &mut [u8]| Err(std::io::ErrorKind::UnexpectedEof.into());
+        PackedMatrix::gather(&mut [&mut first, &mut second], failing).unwrap_err();
+        assert_eq!([first.as_bytes(), second.as_bytes()], [&before[0][..], &before[1][..]]);
+        PackedMatrix::gather(&mut [&mut first, &mut second], read).unwrap();
         assert_eq!([first.as_bytes(), second.as_bytes()], [&before[0][..], &before[1][..]]);
         let end_of_first = first.as_bytes().as_ptr_range().end;
         assert_eq!(end_of_first, second.as_bytes().as_ptr());

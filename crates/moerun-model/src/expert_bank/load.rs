@@ -113,7 +113,7 @@ fn load_run(
         .filter(|matrix| !(checkpoint.is_mapped() && matrix.is_mapped()))
         .collect();
     if !owned.is_empty() {
-        PackedMatrix::gather(&mut owned);
+        checkpoint.gather(&mut owned)?;
     }
     Ok(loaded)
 }
