@@ -17,7 +17,7 @@ use crate::{
     lines::{LANES, Line, Lines},
     panels::{code_place, lines_per_panel, scale_place},
     quantize::{BlockError, MXFP4_DOUBLED, quantize_int4, quantize_int8, quantize_mxfp4},
-    row_products::{RowProducts, Store, sum_f32},
+    row_products::{RowProducts, Store, sum_f32, sum_f32_apart},
     tile::Products,
 };
 
@@ -275,6 +275,39 @@ impl PackedMatrix {
         }
     }
 
+    /// [`PackedMatrix::matmul`] with several matrices of one format at once; `outs` are row-major, `[tokens, rows]` of
+    /// each. Small matrices together keep all threads busy where each alone would not.
+    pub fn matmul_all(pool: &CpuPool, x: &Activations, matrices: &[&PackedMatrix], outs: &mut [&mut [f32]]) {
+        let Some(first) = matrices.first() else { return };
+        assert_eq!(matrices.len(), outs.len(), "an output for each matrix");
+        assert_eq!(x.cols(), first.cols, "width of the activations");
+        for (matrix, out) in matrices.iter().zip(&*outs) {
+            assert!(
+                matrix.format == first.format && matrix.cols == first.cols,
+                "matrices of one format and width"
+            );
+            assert_eq!(out.len(), x.rows() * matrix.rows, "length of an output");
+        }
+        let isa = Isa::current();
+        let x = InterleavedRows::from_activations(isa, first.format, pool, x, None);
+        let cols = 0..first.cols;
+        let parts: Vec<RowProducts<'_>> = matrices
+            .iter()
+            .map(|weights| RowProducts {
+                products: Products {
+                    weights,
+                    x: &x,
+                    first_col: 0,
+                    segments: std::slice::from_ref(&cols),
+                },
+                out_rows: None,
+                factors: None,
+                bias: None,
+            })
+            .collect();
+        sum_f32_apart(isa, pool, &parts, outs);
+    }
+
     fn matmul_into(&self, isa: Isa, pool: &CpuPool, x: &Activations, out: &mut [f32]) {
         let x = InterleavedRows::from_activations(isa, self.format, pool, x, None);
         let cols = 0..self.cols;
@@ -359,6 +392,27 @@ mod tests {
                             "seed {seed}: {rows} x {cols}, {tokens} tokens, {format} {isa}"
                         );
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_matrices_at_once_give_what_each_gives() {
+        let mut rng = Rng::new(11);
+        let pool = CpuPool::new(2);
+        for format in NumberFormat::ALL {
+            let matrices = [50, 3, 0, 200].map(|rows| pack_array(format, &rng.array(rows, 77)));
+            for tokens in [0, 1, 13] {
+                let x = Activations::round(format.activations(), rng.array(tokens, 77).view());
+                let mut outs = matrices.each_ref().map(|matrix| vec![f32::NAN; tokens * matrix.rows()]);
+                let mut slices = outs.each_mut().map(|out| &mut out[..]);
+                PackedMatrix::matmul_all(&pool, &x, &matrices.each_ref(), &mut slices);
+                for (matrix, out) in matrices.iter().zip(outs) {
+                    let mut alone = Array2::zeros((tokens, matrix.rows()));
+                    matrix.matmul(&pool, &x, alone.view_mut());
+                    let together = Array2::from_shape_vec((tokens, matrix.rows()), out).expect("of that shape");
+                    assert_eq!(bits(&together), bits(&alone), "{format}, {tokens} tokens");
                 }
             }
         }

@@ -122,7 +122,8 @@ fn nearest_code(weight: f32, scale: f16, lowest: f32, highest: f32) -> f32 {
     if scale == 0.0 {
         return 0.0;
     }
-    (weight / scale).round_ties_even().clamp(lowest, highest)
+    // The scale is within a half of what makes the largest weight the largest code, so the quotient is small.
+    (weight / scale + ROUND - ROUND).clamp(lowest, highest)
 }
 
 #[cfg(test)]

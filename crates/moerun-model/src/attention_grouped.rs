@@ -73,9 +73,9 @@ impl GroupedQueryAttention {
         } = context;
         let format = self.q_proj.weight.format().activations();
         let x = Activations::round(format, x.view());
-        let mut queries = self.q_proj.forward(pool, &x); // [tokens, num_heads * head_dim]
-        let mut keys = self.k_proj.forward(pool, &x); // [tokens, num_kv_heads * head_dim]
-        let mut values = self.v_proj.forward(pool, &x); // [tokens, num_kv_heads * head_dim]
+        // [tokens, num_heads * head_dim], and twice [tokens, num_kv_heads * head_dim]
+        let [mut queries, mut keys, mut values] =
+            Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], pool, &x);
 
         let runs = parallel::row_runs(pool, rows.len(), queries.ncols());
         let (query_width, key_width) = (queries.ncols(), keys.ncols());

@@ -52,6 +52,7 @@ impl NumberFormat {
     ];
 
     /// How activations are rounded before they meet weights of this format.
+    #[inline]
     pub fn activations(self) -> ActivationFormat {
         match self {
             NumberFormat::F32 => ActivationFormat::F32,
@@ -61,6 +62,7 @@ impl NumberFormat {
     }
 
     /// Columns that a kernel takes at once: a block of the exact combine is a whole number of them.
+    #[inline]
     pub fn column_unit(self) -> usize {
         match self {
             NumberFormat::F32 => 1,
@@ -70,6 +72,7 @@ impl NumberFormat {
     }
 
     /// Whether weights are blocks of codes with a scale.
+    #[inline]
     pub fn is_quantized(self) -> bool {
         self.column_unit() == QUANTIZED_BLOCK
     }
