@@ -246,6 +246,12 @@ fn another_format_is_refused_before_anything_is_loaded() {
         let error = run(&[command, &["--model", path(&packed), "--weights", "bf16"]].concat()).failed(1);
         assert!(error.contains("is packed in int8, not in bf16"), "{error}");
     }
+    let inspected = run(&["inspect", "--model", path(&packed), "--json"]).ok();
+    let inspected: serde_json::Value = serde_json::from_str(&inspected).expect("JSON");
+    assert_eq!(
+        (&inspected["packed"], &inspected["default_format"]),
+        (&true.into(), &"int8".into())
+    );
     let again = folder.path().join("again");
     let error = run(&["convert", "--model", path(&packed), "--out", path(&again)]).failed(1);
     assert!(

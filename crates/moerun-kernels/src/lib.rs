@@ -53,6 +53,7 @@ pub use feed_forward::{
 };
 pub use isa::{Isa, IsaError};
 pub use kv_pages::{KV_PAGE_TOKENS, KvPages, KvShape, KvValues};
+pub use lines::ReadMapped;
 pub use norm::{layer_norm, rms_norm, rms_norm_weightless};
 pub use packed::{MappedError, PackError, PackedMatrix, QuantizedRow};
 pub use pool::CpuPool;

@@ -16,7 +16,7 @@ pub(crate) const LINE_BYTES: usize = size_of::<Line>();
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Reads bytes of a mapping from a place on: from the mapping itself, or from the file behind it.
-pub(crate) type ReadMapped<'a> = &'a mut dyn FnMut(&Arc<Mmap>, usize, &mut [u8]) -> io::Result<()>;
+pub type ReadMapped<'a> = &'a mut dyn FnMut(&Arc<Mmap>, usize, &mut [u8]) -> io::Result<()>;
 
 /// Lines that start on a cache line border.
 #[derive(Debug)]

@@ -93,7 +93,7 @@ impl MemoryNeed {
             (Part::Matrix { .. }, 0 | 1) if between_panels => 0,
             (Part::Matrix { .. }, _) => part.memory_bytes(),
         };
-        let parts = expert_parts(config, moe, numerics.format, held.clone());
+        let parts = expert_parts(config, moe, numerics.format, held);
         parts.into_iter().enumerate().map(owned).fold(0, u64::saturating_add)
     }
 }

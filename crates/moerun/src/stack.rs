@@ -125,6 +125,7 @@ impl Experts {
             experts_on_this_machine,
             mapped: checkpoint.is_mapped(),
             kv_bytes_per_token: KvCache::bytes_per_token(config, settings.kv_format),
+            packed: checkpoint.packed_format().is_some(),
         };
         let kv_memory_bytes = reckon_memory(settings, weights, max_context, available_memory_bytes())?;
 
@@ -254,6 +255,8 @@ struct Weights {
     mapped: bool,
     /// Bytes of keys and values per token.
     kv_bytes_per_token: u64,
+    /// Whether they could.
+    packed: bool,
 }
 
 /// Bytes for keys and values; an error with the arithmetic if the model does not fit beside them. Mapped weights need not
@@ -296,7 +299,7 @@ fn reckon_memory(
         ),
         Some(available) if resident.saturating_add(kv) > available => bail!(
             "the model does not fit in memory: {} for the gateway's tensors + {} for experts in {} + {} for keys \
-             and values in {} = {}, but {} are available; packed by moerun convert it would be mapped and need not fit",
+             and values in {} = {}, but {} are available; {}",
             ByteSize(need.gateway_bytes),
             ByteSize(experts),
             weights.format,
@@ -304,6 +307,11 @@ fn reckon_memory(
             settings.kv_format,
             ByteSize(resident.saturating_add(kv)),
             ByteSize(available),
+            if weights.packed {
+                "with --load map it need not fit"
+            } else {
+                "packed by moerun convert it would be mapped and need not fit"
+            },
         ),
         _ => Ok(kv),
     }
@@ -417,6 +425,7 @@ mod tests {
             format: NumberFormat::Int4,
             experts_on_this_machine: true,
             mapped,
+            packed: true,
         }
     }
 
@@ -425,7 +434,10 @@ mod tests {
         let settings = Settings::default();
         let reckon = |mapped, available| reckon_memory(&settings, weights(mapped), 4096, Some(available));
         let error = reckon(false, 50_000).unwrap_err().to_string();
-        assert!(error.contains("97.7 KiB") && error.contains("48.8 KiB"), "{error}");
+        assert!(
+            error.contains("--load map") && error.contains("97.7 KiB") && error.contains("48.8 KiB"),
+            "{error}"
+        );
         assert_eq!(reckon(true, 50_000).unwrap(), 50_000 / 16);
         // What fits is reckoned alike.
         assert_eq!(reckon(false, 140_000).unwrap(), 10_000);

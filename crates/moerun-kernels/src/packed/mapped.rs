@@ -6,7 +6,7 @@ use memmap2::Mmap;
 use moerun_types::NumberFormat;
 
 use super::PackedMatrix;
-use crate::lines::{LINE_BYTES, Lines};
+use crate::lines::{LINE_BYTES, Lines, ReadMapped};
 
 /// Why a part of a mapping is no packed matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -83,10 +83,7 @@ impl PackedMatrix {
     /// matrices share them, and mapped ones leave their file. `read` fetches bytes of a mapping from a place on, as
     /// `pread` does faster than a mapping that was not touched yet. Where the system has no such memory, or on an error of
     /// `read`, they stay as they are.
-    pub fn gather(
-        matrices: &mut [&mut PackedMatrix],
-        read: &mut dyn FnMut(&Arc<Mmap>, usize, &mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
+    pub fn gather(matrices: &mut [&mut PackedMatrix], read: ReadMapped<'_>) -> io::Result<()> {
         let parts: Vec<_> = matrices.iter().map(|matrix| &matrix.lines).collect();
         if let Some(gathered) = Lines::gathered(&parts, read)? {
             for (matrix, lines) in matrices.iter_mut().zip(gathered) {

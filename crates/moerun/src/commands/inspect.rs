@@ -61,6 +61,7 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
         "config": config,
         "moe_layers": config.moe_layers(),
         "default_format": checkpoint.default_format(),
+        "packed": checkpoint.packed_format().is_some(),
         "default_combine_block": config.moe.as_ref().map(|moe| default_combine_block(moe.intermediate)),
         "parameters": {
             "total": parameters.total,
