@@ -244,6 +244,12 @@ impl PackedMatrix {
         }
     }
 
+    /// Number of panels.
+    #[inline(always)]
+    pub(crate) fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
     /// The lines of one panel.
     #[inline(always)]
     pub(crate) fn panel(&self, panel: usize) -> &[Line] {

@@ -13,13 +13,75 @@ use crate::{
 /// Sums of `T` rows with `P` panels, lane by lane.
 pub(crate) type Sums<S, const T: usize, const P: usize> = [[<S as Simd>::F32s; P]; T];
 
+/// Cache lines that a panel is asked for in advance, at most.
+const PREFETCH: usize = 128;
+
+/// Panels that are multiplied side by side, and those that come after them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PanelTile<'a, const P: usize> {
+    panels: [&'a [Line]; P],
+    /// Where lines ahead of a panel's end are: those of the panel that follows it, counted on from its end.
+    beyond: [*const Line; P],
+    ahead: usize,
+}
+
+impl<'a, const P: usize> PanelTile<'a, P> {
+    /// `panels`, all equally long, of which each is followed by the one in `next`.
+    #[inline(always)]
+    pub(crate) fn new(panels: [&'a [Line]; P], next: [&'a [Line]; P]) -> Self {
+        let len = panels[0].len();
+        let mut beyond = [std::ptr::null(); P];
+        for p in 0..P {
+            assert_eq!(panels[p].len(), len, "lines of a panel");
+            beyond[p] = next[p].as_ptr().wrapping_sub(len);
+        }
+        Self {
+            panels,
+            beyond,
+            ahead: PREFETCH.min(len),
+        }
+    }
+
+    /// Line `index` of each panel, to meet `T` rows. Asks for those that are read a little later, across the ends of
+    /// panels and pages, where the processor's own prefetching stops. One or two rows wait for memory: they follow the
+    /// panels' order, where more rows look straight on, which costs their arithmetic nothing.
+    ///
+    /// # Safety
+    /// The panels must have it.
+    #[inline(always)]
+    unsafe fn lines<S: Simd, const T: usize>(&self, simd: S, index: usize) -> [&'a Line; P] {
+        let ahead = index + if T <= 2 { self.ahead } else { PREFETCH };
+        // SAFETY: as the caller promises.
+        let mut lines = [unsafe { self.panels[0].get_unchecked(index) }; P];
+        for p in 0..P {
+            // SAFETY: as above.
+            lines[p] = unsafe { self.panels[p].get_unchecked(index) };
+            let from = if T > 2 || ahead < self.panels[p].len() {
+                self.panels[p].as_ptr()
+            } else {
+                self.beyond[p]
+            };
+            simd.prefetch(from.wrapping_add(ahead));
+        }
+        lines
+    }
+
+    /// Asserts that the panels have lines `0..end`.
+    #[inline(always)]
+    fn check(&self, end: usize) {
+        for panel in self.panels {
+            assert!(panel.len() >= end, "lines of a panel");
+        }
+    }
+}
+
 /// One layout and its inner loop.
 pub(crate) trait PanelFormat {
     /// The products of `T` rows with `P` panels over the columns `cols`, whose start is a multiple of the format's
     /// column unit; their end too, or it is the last column. `x` holds exactly those columns.
     fn tile<S: Simd, const T: usize, const P: usize>(
         simd: S,
-        panels: [&[Line]; P],
+        panels: PanelTile<'_, P>,
         cols: Range<usize>,
         x: RowTile<'_, T>,
     ) -> Sums<S, T, P>;
@@ -44,42 +106,29 @@ impl PanelFormat for F32Panels {
     #[inline(always)]
     fn tile<S: Simd, const T: usize, const P: usize>(
         simd: S,
-        panels: [&[Line]; P],
+        panels: PanelTile<'_, P>,
         cols: Range<usize>,
         x: RowTile<'_, T>,
     ) -> Sums<S, T, P> {
-        f32_tile(simd, panels, cols, x.words, [[simd.splat(0.0); P]; T])
-    }
-}
-
-/// Adds to `sums[t][p]`, lane by lane, the products of row `t` with panel `p` over the columns `cols`: one fused
-/// multiply-add per column, ascending. `x[i]` are the bits of the rows' elements of column `cols.start + i`.
-#[inline(always)]
-pub(crate) fn f32_tile<S: Simd, const T: usize, const P: usize>(
-    simd: S,
-    panels: [&[Line]; P],
-    cols: Range<usize>,
-    x: &[[u32; T]],
-    mut sums: Sums<S, T, P>,
-) -> Sums<S, T, P> {
-    let panels = panels.map(|panel| &panel[cols.clone()]);
-    assert_eq!(x.len(), cols.len(), "columns of the rows");
-    for col in 0..cols.len() {
-        // SAFETY: the panels and `x` were just seen to have `cols.len()` elements.
-        let (lines, x) = unsafe { (lines_at(&panels, col), x.get_unchecked(col)) };
-        prefetch(simd, lines);
-        let mut weights = [simd.splat(0.0); P];
-        for p in 0..P {
-            weights[p] = simd.load_bits(lines[p]);
-        }
-        for t in 0..T {
-            let x = simd.splat(f32::from_bits(x[t]));
+        panels.check(cols.end);
+        assert_eq!(x.words.len(), cols.len(), "columns of the rows");
+        let mut sums = [[simd.splat(0.0); P]; T];
+        for col in cols.clone() {
+            // SAFETY: the panels and `x` were just seen to have this column.
+            let (lines, x) = unsafe { (panels.lines::<S, T>(simd, col), x.words.get_unchecked(col - cols.start)) };
+            let mut weights = [simd.splat(0.0); P];
             for p in 0..P {
-                sums[t][p] = simd.mul_add(x, weights[p], sums[t][p]);
+                weights[p] = simd.load_bits(lines[p]);
+            }
+            for t in 0..T {
+                let x = simd.splat(f32::from_bits(x[t]));
+                for p in 0..P {
+                    sums[t][p] = simd.mul_add(x, weights[p], sums[t][p]);
+                }
             }
         }
+        sums
     }
-    sums
 }
 
 /// `[cols / 2][16][2]` bfloat16: two columns per line, the even one in the upper half of each word, which is the one
@@ -91,19 +140,23 @@ impl PanelFormat for Bf16Panels {
     #[inline(always)]
     fn tile<S: Simd, const T: usize, const P: usize>(
         simd: S,
-        panels: [&[Line]; P],
+        panels: PanelTile<'_, P>,
         cols: Range<usize>,
         x: RowTile<'_, T>,
     ) -> Sums<S, T, P> {
         assert!(cols.start.is_multiple_of(2), "columns come in pairs");
-        let panels = panels.map(|panel| &panel[cols.start / 2..cols.end.div_ceil(2)]);
-        let len = cols.end.div_ceil(2) - cols.start / 2;
-        assert_eq!(x.words.len(), len, "pairs of columns of the rows");
+        let pairs = cols.start / 2..cols.end.div_ceil(2);
+        panels.check(pairs.end);
+        assert_eq!(x.words.len(), pairs.len(), "pairs of columns of the rows");
         let mut sums = [[simd.splat(0.0); P]; T];
-        for pair in 0..len {
-            // SAFETY: the panels and the words were just seen to have `len` elements.
-            let (lines, x) = unsafe { (lines_at(&panels, pair), x.words.get_unchecked(pair)) };
-            prefetch(simd, lines);
+        for pair in pairs.clone() {
+            // SAFETY: the panels and the words were just seen to have this pair.
+            let (lines, x) = unsafe {
+                (
+                    panels.lines::<S, T>(simd, pair),
+                    x.words.get_unchecked(pair - pairs.start),
+                )
+            };
             let mut weights = [simd.load_bf16_pairs(lines[0]); P];
             for p in 1..P {
                 weights[p] = simd.load_bf16_pairs(lines[p]);
@@ -153,7 +206,7 @@ impl<F: BlockFormat> PanelFormat for F {
     #[inline(always)]
     fn tile<S: Simd, const T: usize, const P: usize>(
         simd: S,
-        panels: [&[Line]; P],
+        panels: PanelTile<'_, P>,
         cols: Range<usize>,
         x: RowTile<'_, T>,
     ) -> Sums<S, T, P> {
@@ -164,12 +217,7 @@ impl<F: BlockFormat> PanelFormat for F {
             x_words.len() == blocks.len() && x.scales.len() == blocks.len() && x.offsets.len() == blocks.len(),
             "blocks of the rows"
         );
-        for panel in panels {
-            assert!(
-                panel.len() >= blocks.end.div_ceil(F::GROUP) * group_lines::<F>(),
-                "lines of a panel"
-            );
-        }
+        panels.check(blocks.end.div_ceil(F::GROUP) * group_lines::<F>());
         let mut sums = [[simd.splat(0.0); P]; T];
         for block in blocks.clone() {
             let index = block - blocks.start;
@@ -189,12 +237,11 @@ impl<F: BlockFormat> PanelFormat for F {
             }
             for line in 0..F::CODE_LINES {
                 // SAFETY: a panel has all lines of its groups, as was just asserted.
-                let codes = unsafe { lines_at(&panels, first + line) };
-                prefetch(simd, codes);
+                let codes = unsafe { panels.lines::<S, T>(simd, first + line) };
                 F::add_line(simd, codes, line, x_words, &mut integers);
             }
             // SAFETY: as above.
-            let scale_lines = unsafe { lines_at(&panels, group + F::GROUP * F::CODE_LINES) };
+            let scale_lines = unsafe { panels.lines::<S, T>(simd, group + F::GROUP * F::CODE_LINES) };
             let mut scales = [simd.splat(0.0); P];
             for p in 0..P {
                 scales[p] = F::scales(simd, scale_lines[p], block % F::GROUP);
@@ -344,32 +391,6 @@ pub(crate) fn code_bias(isa: crate::Isa, format: NumberFormat) -> i32 {
         NumberFormat::Int4 => 8,
         NumberFormat::Mxfp4 => i32::from(MXFP4_BIAS),
     }
-}
-
-/// Cache lines that a panel is asked for in advance, across its end and those of memory pages, where the processor's
-/// own prefetching stops: panels lie one after another.
-const PREFETCH: usize = 128;
-
-#[inline(always)]
-fn prefetch<S: Simd, const P: usize>(simd: S, lines: [&Line; P]) {
-    for line in lines {
-        simd.prefetch(line, PREFETCH);
-    }
-}
-
-/// Line `index` of each panel.
-///
-/// # Safety
-/// Every panel must have it.
-#[inline(always)]
-unsafe fn lines_at<'a, const P: usize>(panels: &[&'a [Line]; P], index: usize) -> [&'a Line; P] {
-    // SAFETY: as the caller promises.
-    let mut lines = [unsafe { panels[0].get_unchecked(index) }; P];
-    for p in 1..P {
-        // SAFETY: as above.
-        lines[p] = unsafe { panels[p].get_unchecked(index) };
-    }
-    lines
 }
 
 /// Where a code lies: the line of a panel, the bit in the lane's word.

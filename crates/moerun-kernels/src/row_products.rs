@@ -10,7 +10,7 @@ use crate::{
     isa::Kernel,
     lines::LANES,
     simd::Simd,
-    tile::{Products, SegmentSums, Sink},
+    tile::{EMPTY_SUMS, Products, SegmentSums, Sink},
 };
 
 /// Products and where they go: one output row per row of `x`, as wide as the matrix has rows.
@@ -141,10 +141,13 @@ impl Kernel for F32Stripe<'_> {
             out,
         } = self;
         let cols = panels.start * LANES..width.min(panels.end * LANES);
+        let mut buffer = EMPTY_SUMS;
         for part in parts {
             part.products.run(
                 simd,
                 panels.clone(),
+                None,
+                &mut buffer,
                 &mut F32Sink {
                     part,
                     store,
@@ -278,6 +281,7 @@ impl Kernel for ExactStripe<'_> {
             width,
             sums,
         } = self;
+        let mut buffer = EMPTY_SUMS;
         for (part_index, part) in parts.iter().enumerate() {
             let mut sink = ExactSink {
                 part_index,
@@ -287,7 +291,10 @@ impl Kernel for ExactStripe<'_> {
                 sums,
                 failure: None,
             };
-            part.products.run(simd, panels.clone(), &mut sink);
+            let next = parts
+                .get(part_index + 1)
+                .map(|part| (part.products.weights, panels.start));
+            part.products.run(simd, panels.clone(), next, &mut buffer, &mut sink);
             if let Some(bias) = part.bias {
                 for row in 0..part.products.x.rows() {
                     for panel in panels.clone() {

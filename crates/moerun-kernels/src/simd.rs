@@ -46,16 +46,16 @@ pub(crate) trait Simd: Copy {
     /// Runs `kernel` in a function of its own, compiled for this instruction set once, whoever calls it.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
-    /// Asks for the cache line `ahead` lines behind `line`, wherever that is.
+    /// Asks for a cache line to be brought near, wherever it is; changes nothing.
     #[inline(always)]
-    fn prefetch(self, line: &Line, ahead: usize) {
+    fn prefetch(self, line: *const Line) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch reads nothing that the program can see, and does not fault.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).wrapping_add(ahead).cast());
+            _mm_prefetch::<_MM_HINT_T0>(line.cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = (line, ahead);
+        let _ = line;
     }
 
     /// `value` in each lane.

@@ -9,7 +9,7 @@ use crate::{
     interleaved::{InterleavedRows, RowBlock},
     isa::Kernel,
     lines::{LANES, Line},
-    panels::{Bf16Panels, F32Panels, Int4Blocks, Int8Blocks, Mxfp4Blocks, PanelFormat},
+    panels::{Bf16Panels, F32Panels, Int4Blocks, Int8Blocks, Mxfp4Blocks, PanelFormat, PanelTile},
     simd::Simd,
 };
 
@@ -61,18 +61,39 @@ pub(crate) const MAX_SUMS_OF_ONE_SEGMENT: usize = 24;
 /// Segments that are computed before their sums are taken.
 const SEGMENTS_AT_ONCE: usize = 8;
 
+/// Sums between their computation and their use: made once per task, since to clear it costs as much as a small product.
+pub(crate) type SumsBuffer = [[f32; LANES]; MAX_SUMS_OF_ONE_SEGMENT * SEGMENTS_AT_ONCE];
+
+/// An empty one.
+pub(crate) const EMPTY_SUMS: SumsBuffer = [[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT * SEGMENTS_AT_ONCE];
+
+/// A panel that is read soon, the one of that index.
+pub(crate) type Next<'a> = Option<(&'a PackedMatrix, usize)>;
+
 impl Products<'_> {
-    /// All rows of `x`: a few panels at a time, which stay in the cache while the rows pass.
+    /// All rows of `x`: a few panels at a time, which stay in the cache while the rows pass. `next` is what is read
+    /// afterwards, `sums` memory to work in.
     #[inline(always)]
-    pub(crate) fn run<S: Simd>(&self, simd: S, panels: Range<usize>, sink: &mut impl Sink) {
+    pub(crate) fn run<S: Simd>(
+        &self,
+        simd: S,
+        panels: Range<usize>,
+        next: Next<'_>,
+        sums: &mut SumsBuffer,
+        sink: &mut impl Sink,
+    ) {
         let together = panels_together(self.x.rows());
-        let mut sums = [[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT * SEGMENTS_AT_ONCE];
         for first in panels.clone().step_by(together) {
-            let panels = first..panels.end.min(first + together);
-            for &block in self.x.blocks() {
+            let (panels, end) = (first..panels.end.min(first + together), panels.end);
+            for (index, &block) in self.x.blocks().iter().enumerate() {
+                let next = match index + 1 < self.x.blocks().len() {
+                    true => Some((self.weights, first)),
+                    false if panels.end < end => Some((self.weights, panels.end)),
+                    false => next,
+                };
                 for first_segment in (0..self.segments.len()).step_by(SEGMENTS_AT_ONCE) {
                     let segments = first_segment..self.segments.len().min(first_segment + SEGMENTS_AT_ONCE);
-                    self.sum(simd, panels.clone(), block, segments.clone(), &mut sums);
+                    self.sum(simd, panels.clone(), block, segments.clone(), next, sums);
                     let stride = block.rows * panels.len();
                     for t in 0..block.rows {
                         for (p, panel) in panels.clone().enumerate() {
@@ -89,7 +110,7 @@ impl Products<'_> {
         }
     }
 
-    /// The sums of one block of rows, `[segments][rows][panels]`, at the start of `out`.
+    /// The sums of one block of rows, `[segments][rows][panels]`, at the start of `out`. `next` is what is read afterwards.
     #[inline(always)]
     pub(crate) fn sum<S: Simd>(
         &self,
@@ -97,6 +118,7 @@ impl Products<'_> {
         panels: Range<usize>,
         block: RowBlock,
         segments: Range<usize>,
+        next: Next<'_>,
         out: &mut [[f32; LANES]],
     ) {
         simd.call(Tiles {
@@ -104,6 +126,7 @@ impl Products<'_> {
             panels,
             block,
             segments,
+            next,
             out,
         });
     }
@@ -115,6 +138,7 @@ struct Tiles<'a> {
     panels: Range<usize>,
     block: RowBlock,
     segments: Range<usize>,
+    next: Next<'a>,
     /// `[segments][block rows][panels]`.
     out: &'a mut [[f32; LANES]],
 }
@@ -200,10 +224,18 @@ impl Tiles<'_> {
             first_col,
             segments,
         } = self.products;
-        let mut panels: [&[Line]; P] = [&[]; P];
-        for (p, lines) in panels.iter_mut().enumerate() {
-            *lines = weights.panel(first_panel + p);
+        let (mut panels, mut following): ([&[Line]; P], [&[Line]; P]) = ([&[]; P], [&[]; P]);
+        for p in 0..P {
+            panels[p] = weights.panel(first_panel + p);
+            let later = first_panel + P + p;
+            following[p] = match self.next {
+                _ if later < self.panels.end => weights.panel(later),
+                Some((next, panel)) if panel + p < next.panels() => next.panel(panel + p),
+                // Nothing is known to be read: what is near already does no harm.
+                _ => panels[p],
+            };
         }
+        let panels = PanelTile::new(panels, following);
         let width = self.panels.len();
         for (index, cols) in segments[self.segments.clone()].iter().enumerate() {
             let x = x.tile::<T>(self.block.first, cols.start - first_col, cols.end - first_col);

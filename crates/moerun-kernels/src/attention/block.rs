@@ -172,7 +172,7 @@ fn scores<S: Simd, const T: usize, const P: usize>(
         if T <= 2
             && let Some(lines) = next.next()
         {
-            lines.iter().for_each(|line| simd.prefetch(line, 0));
+            lines.iter().for_each(|line| simd.prefetch(line));
         }
         let mut lines = [simd.splat(0.0); P];
         for p in 0..P {

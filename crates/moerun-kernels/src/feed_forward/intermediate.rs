@@ -97,15 +97,23 @@ impl Kernel for GateUp<'_> {
         let mut products = [[[0.0; LANES]; MAX_SUMS_OF_ONE_SEGMENT]; 2];
         for first in self.panels.clone().step_by(together) {
             let panels = first..self.panels.end.min(first + together);
-            for &block in self.x.blocks() {
-                for (weights, out) in [&weights.gate_proj, &weights.up_proj].into_iter().zip(&mut products) {
+            for (index, &block) in self.x.blocks().iter().enumerate() {
+                let after_up = match index + 1 < self.x.blocks().len() {
+                    true => Some((&weights.gate_proj, first)),
+                    false => (panels.end < self.panels.end).then_some((&weights.gate_proj, panels.end)),
+                };
+                let order = [
+                    (&weights.gate_proj, Some((&weights.up_proj, first))),
+                    (&weights.up_proj, after_up),
+                ];
+                for ((weights, next), out) in order.into_iter().zip(&mut products) {
                     let products = Products {
                         weights,
                         x: self.x,
                         first_col: 0,
                         segments: std::slice::from_ref(&cols),
                     };
-                    products.sum(simd, panels.clone(), block, 0..1, out);
+                    products.sum(simd, panels.clone(), block, 0..1, next, out);
                 }
                 let [gate, up] = &mut products;
                 self.finish(panels.clone(), block, gate.as_flattened_mut(), up.as_flattened_mut());
