@@ -53,9 +53,9 @@ impl<'a, const P: usize> PanelTile<'a, P> {
         let ahead = index + if T <= 2 { self.ahead } else { PREFETCH };
         // SAFETY: as the caller promises.
         let mut lines = [unsafe { self.panels[0].get_unchecked(index) }; P];
-        for p in 0..P {
+        for (p, line) in lines.iter_mut().enumerate() {
             // SAFETY: as above.
-            lines[p] = unsafe { self.panels[p].get_unchecked(index) };
+            *line = unsafe { self.panels[p].get_unchecked(index) };
             let from = if T > 2 || ahead < self.panels[p].len() {
                 self.panels[p].as_ptr()
             } else {
