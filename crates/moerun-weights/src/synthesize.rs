@@ -46,7 +46,7 @@ pub struct SynthesizeRequest<'a> {
     pub max_shard_bytes: u64,
     /// Told of bytes as they are written.
     pub progress: Option<&'a (dyn Fn(SynthesizeProgress) + Sync)>,
-    /// Becomes true when the work shall stop with [`SynthesizeError::Interrupted`].
+    /// Becomes true when the work shall stop as interrupted.
     pub interrupted: Option<&'a AtomicBool>,
 }
 
