@@ -17,7 +17,7 @@ BATCHES = [1, 2, 4, 8, 16, 32]
 CONTEXTS = [128, 512, 1024, 2048, 4096]
 EXPERTS = [8, 16, 32, 64]
 WORKERS = [0, 1, 2, 3, 4]
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 340, 70, 34, 20, 50
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 360, 70, 62, 20, 50
 COLOURS = ["#1f5fa8", "#b4501e"]
 
 
@@ -59,7 +59,7 @@ class Bench:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def plot(title, x_label, x_values, series):
+def plot(title, shape, x_label, x_values, series):
     """One chart as SVG: tokens/s with the least and the largest as bars; `series` is (name, spreads) pairs."""
     highest = max(spread["max"] for _, spreads in series for spread in spreads)
     step = next(s for s in (10**e * f for e in range(-2, 7) for f in (1, 2, 5)) if highest / s <= 6)
@@ -70,6 +70,7 @@ def plot(title, x_label, x_values, series):
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="20" font-size="14">{title}</text>',
+        f'<text x="{LEFT}" y="37" font-size="11" fill="#555555">{shape}</text>',
     ]
     value = 0.0
     while value <= top_value * 1.0001:
@@ -89,9 +90,56 @@ def plot(title, x_label, x_values, series):
             x = place_x(i)
             out.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{place_y(s["min"]):.1f}" y2="{place_y(s["max"]):.1f}" stroke="{colour}"/>')
             out.append(f'<circle cx="{x:.1f}" cy="{place_y(s["median"]):.1f}" r="3" fill="{colour}"/>')
-        out.append(f'<text x="{WIDTH - RIGHT}" y="{20 + 14 * index}" text-anchor="end" fill="{colour}">{name}</text>')
+        out.append(f'<text x="{WIDTH - RIGHT}" y="{37 + 14 * index}" text-anchor="end" fill="{colour}">{name}</text>')
     out.append("</svg>")
     return "\n".join(out) + "\n"
+
+
+def rate(report, index=0):
+    """Tokens/s of one measurement of decode."""
+    return report["decode"][index]["tokens_per_second"]
+
+
+def prefill(report):
+    """Tokens/s of prefill."""
+    return report["prefill"]["tokens_per_second"]
+
+
+def draw(shape, reports, out):
+    """Writes all charts of `reports`."""
+    batch, contexts, experts, workers = (reports[name] for name in ("batch", "context", "experts", "workers"))
+    charts = {
+        "batch": plot(
+            "Decode against batch",
+            shape,
+            "sequences",
+            BATCHES,
+            [("all sequences together", [decode["tokens_per_second"] for decode in batch["decode"]])],
+        ),
+        "context": plot(
+            "Against context length",
+            shape,
+            "tokens of the prompt",
+            CONTEXTS,
+            [("prefill", [prefill(report) for report in contexts]), ("decode", [rate(report) for report in contexts])],
+        ),
+        "experts": plot(
+            "Decode against the number of experts, 8 chosen",
+            shape,
+            "experts a layer",
+            EXPERTS,
+            [("batch 16", [rate(report, 1) for report in experts]), ("batch 1", [rate(report) for report in experts])],
+        ),
+        "workers": plot(
+            "Decode against worker processes on one machine",
+            shape,
+            "workers (0: experts in the gateway's process)",
+            WORKERS,
+            [("batch 16", [rate(report, 1) for report in workers]), ("batch 1", [rate(report) for report in workers])],
+        ),
+    }
+    for name, svg in charts.items():
+        (out / f"{name}.svg").write_text(svg)
 
 
 def main():
@@ -107,43 +155,13 @@ def main():
     out = pathlib.Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     shape = f"{SHAPE}, {arguments.layers} layers, {arguments.weights}"
-    rate = lambda report, index=0: report["decode"][index]["tokens_per_second"]
-    prefill = lambda report: report["prefill"]["tokens_per_second"]
-
     batch = bench.run(batch=",".join(map(str, BATCHES)), prompt_tokens=128, gen_tokens=32)
     contexts = [bench.run(prompt_tokens=tokens, gen_tokens=32) for tokens in CONTEXTS]
     experts = [bench.run(experts=count, batch="1,16", prompt_tokens=128, gen_tokens=32) for count in EXPERTS]
     workers = [bench.run(workers=count, batch="1,16", prompt_tokens=128, gen_tokens=32) for count in WORKERS]
-    charts = {
-        "batch": plot(
-            f"Decode against batch ({shape})",
-            "sequences",
-            BATCHES,
-            [("all sequences together", [decode["tokens_per_second"] for decode in batch["decode"]])],
-        ),
-        "context": plot(
-            f"Against context length ({shape})",
-            "tokens of the prompt",
-            CONTEXTS,
-            [("prefill", [prefill(report) for report in contexts]), ("decode", [rate(report) for report in contexts])],
-        ),
-        "experts": plot(
-            f"Decode against the number of experts, 8 chosen ({shape})",
-            "experts a layer",
-            EXPERTS,
-            [("batch 16", [rate(report, 1) for report in experts]), ("batch 1", [rate(report) for report in experts])],
-        ),
-        "workers": plot(
-            f"Decode against worker processes on one machine ({shape})",
-            "workers (0: experts in the gateway's process)",
-            WORKERS,
-            [("batch 16", [rate(report, 1) for report in workers]), ("batch 1", [rate(report) for report in workers])],
-        ),
-    }
-    for name, svg in charts.items():
-        (out / f"{name}.svg").write_text(svg)
     reports = {"batch": batch, "context": contexts, "experts": experts, "workers": workers}
-    (out / "growth.json").write_text(json.dumps(reports, indent=1) + "\n")
+    (out / "growth.json").write_text(json.dumps({"shape": shape, "reports": reports}, indent=1) + "\n")
+    draw(shape, reports, out)
     for name, report in reports.items():
         print(name)
         for one in report if isinstance(report, list) else [report]:
