@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path};
 
-use moerun_testkit::{Family, LatentSizes, Storage, TinyCheckpoint};
+use moerun_testkit::{Family, TinyCheckpoint};
 use moerun_tests::{golden_dir, read_tensors, run, run_with};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
@@ -43,25 +43,9 @@ fn instruction_sets() -> Vec<&'static str> {
 
 /// Rows of several blocks of codes, the last one short, and experts of three combine blocks of 32.
 fn checkpoint(family: Family, dir: &Path) {
-    let whole_blocks = family == Family::GptOss;
-    TinyCheckpoint {
-        storage: if whole_blocks { Storage::Mxfp4 } else { Storage::Plain },
-        hidden: if whole_blocks { 96 } else { 72 },
-        head_dim: 12,
-        latent: LatentSizes {
-            q_rank: Some(36),
-            kv_rank: 40,
-            nope: 34,
-            rope: 8,
-            value: 10,
-        },
-        dense_intermediate: 100,
-        expert_intermediate: if whole_blocks { 96 } else { 80 },
-        layers: 2,
-        ..TinyCheckpoint::new(family, 9)
-    }
-    .write(dir)
-    .expect("a tiny checkpoint");
+    TinyCheckpoint::wide_as_released(family, 9)
+        .write(dir)
+        .expect("a tiny checkpoint");
 }
 
 #[test]

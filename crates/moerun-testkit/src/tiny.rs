@@ -121,6 +121,40 @@ pub enum TinyRope {
 }
 
 impl TinyCheckpoint {
+    /// A plain f32 checkpoint whose rows are several blocks of 32 long, the last one short, and whose experts have three
+    /// combine blocks of 32.
+    pub fn wide(family: Family, seed: u64) -> Self {
+        TinyCheckpoint {
+            hidden: 72,
+            head_dim: 12,
+            latent: LatentSizes {
+                q_rank: Some(36),
+                kv_rank: 40,
+                nope: 34,
+                rope: 8,
+                value: 10,
+            },
+            dense_intermediate: 100,
+            expert_intermediate: 80,
+            layers: 2,
+            ..TinyCheckpoint::new(family, seed)
+        }
+    }
+
+    /// The same, stored as the family's released checkpoints are: gpt_oss in MXFP4, whose blocks are whole.
+    pub fn wide_as_released(family: Family, seed: u64) -> Self {
+        let wide = Self::wide(family, seed);
+        if family != Family::GptOss {
+            return wide;
+        }
+        TinyCheckpoint {
+            storage: Storage::Mxfp4,
+            hidden: 96,
+            expert_intermediate: 96,
+            ..wide
+        }
+    }
+
     /// A plain f32 checkpoint of middling size.
     pub fn new(family: Family, seed: u64) -> Self {
         let mut tiny = TinyCheckpoint {

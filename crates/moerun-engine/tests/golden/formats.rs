@@ -1,7 +1,7 @@
 //! Every number format: a run is that of the rounded weights but for the rounding of activations.
 
 use moerun_routing::Routing;
-use moerun_testkit::{LatentSizes, TinyCheckpoint};
+use moerun_testkit::TinyCheckpoint;
 use moerun_types::{ActivationFormat, NumberFormat};
 use ndarray::{Array2, Axis};
 
@@ -42,23 +42,9 @@ pub(crate) fn wide_checkpoint(family: &str) -> tempfile::TempDir {
         .into_iter()
         .find(|known| moerun_testkit::golden_dir(*known).ends_with(family))
         .expect("a family");
-    TinyCheckpoint {
-        hidden: 72,
-        head_dim: 12,
-        latent: LatentSizes {
-            q_rank: Some(36),
-            kv_rank: 40,
-            nope: 34,
-            rope: 8,
-            value: 10,
-        },
-        dense_intermediate: 100,
-        expert_intermediate: 80,
-        layers: 2,
-        ..TinyCheckpoint::new(family, 5)
-    }
-    .write(dir.path())
-    .expect("a tiny checkpoint");
+    TinyCheckpoint::wide(family, 5)
+        .write(dir.path())
+        .expect("a tiny checkpoint");
     dir
 }
 

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use moerun_kernels::FeedForward;
-use moerun_testkit::{Family, LatentSizes, RawGguf, Storage, TinyCheckpoint};
+use moerun_testkit::{Family, RawGguf, TinyCheckpoint};
 use moerun_types::{BlockRange, ExpertId, LayerId, NumberFormat};
 use moerun_weights::{
     Checkpoint, ConvertRequest, LayerTensor, Load, Needs, TensorRole, WeightsError, convert, expected_tensors,
@@ -13,23 +13,7 @@ use tempfile::TempDir;
 
 /// Rows and columns on and off the borders of panels and blocks.
 fn tiny(family: Family) -> TinyCheckpoint {
-    let whole_blocks = family == Family::GptOss;
-    TinyCheckpoint {
-        storage: if whole_blocks { Storage::Mxfp4 } else { Storage::Plain },
-        hidden: if whole_blocks { 96 } else { 72 },
-        head_dim: 12,
-        latent: LatentSizes {
-            q_rank: Some(36),
-            kv_rank: 40,
-            nope: 34,
-            rope: 8,
-            value: 10,
-        },
-        dense_intermediate: 100,
-        expert_intermediate: if whole_blocks { 96 } else { 80 },
-        layers: 2,
-        ..TinyCheckpoint::new(family, 9)
-    }
+    TinyCheckpoint::wide_as_released(family, 9)
 }
 
 fn packed(source: &Checkpoint, format: NumberFormat, out: &Path) -> Checkpoint {
