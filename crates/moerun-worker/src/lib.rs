@@ -1,8 +1,8 @@
 //! A process that holds experts and answers for them.
 //!
 //! Two threads matter: the data plane's, which reads requests and writes answers, and the compute thread, which runs
-//! one request after another on the CPU pool, those that wait for one layer together. A bounded queue lies between them. A small request that comes alone is run
-//! by the former itself, as a member of the pool: nobody is woken for it.
+//! one request after another on the CPU pool, those that wait for one layer together. A bounded queue lies between them.
+//! A small request that comes alone is run by the former itself, as a member of the pool: nobody is woken for it.
 #![forbid(unsafe_code)]
 
 mod compute;
