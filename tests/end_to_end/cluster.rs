@@ -203,12 +203,13 @@ fn holders_of_one_expert_must_agree_on_its_content() {
 fn a_missing_expert_or_slice_is_named() {
     let golden = golden_dir("qwen3_moe");
     let workers = [worker(&golden, &["--experts", "0:*,1:0-6"])];
-    let error = Server::try_start(&gateway_args(&golden, &workers, &[]))
+    // It has the experts on its own disk, but is not to compute them.
+    let error = Server::try_start(&gateway_args(&golden, &workers, &["--on-expert-loss", "fail"]))
         .expect_err("refused")
         .failed(1);
     assert!(error.contains("layer 1 expert 7"), "{error}");
     let workers = [worker(&golden, &["--experts", "*:*:0-1", "--combine-block", "8"])];
-    let args = gateway_args(&golden, &workers, &["--combine-block", "8"]);
+    let args = gateway_args(&golden, &workers, &["--combine-block", "8", "--on-expert-loss", "fail"]);
     let error = Server::try_start(&args).expect_err("refused").failed(1);
     assert!(error.contains("layer 0 expert 0 blocks 2..3"), "{error}");
 }

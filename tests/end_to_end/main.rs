@@ -3,6 +3,7 @@
 mod bench;
 mod cluster;
 mod command_line;
+mod failover;
 mod formats;
 mod gguf;
 mod loading;

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt::Write, sync::Arc};
 use moerun_proto::{
     BlockHash, HeldExpert, ModelLimits, PROTOCOL_VERSION, WorkerIdentity, decode_handshake, speaks_same_major, v1,
 };
-use moerun_types::{ExpertId, LayerId, Numerics};
+use moerun_types::{ExpertId, LayerId, ModelConfig, Numerics};
 use moerun_weights::Checkpoint;
 
 use crate::DispatchError;
@@ -33,6 +33,14 @@ impl Admission {
             checkpoint,
             numerics,
         }
+    }
+
+    pub(crate) fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    pub(crate) fn numerics(&self) -> Numerics {
+        self.numerics
     }
 
     pub(crate) fn limits(&self) -> &ModelLimits {

@@ -32,7 +32,26 @@ pub trait ExpertBackend: Send + Sync + std::fmt::Debug {
 
 /// Work under way.
 pub trait PendingExperts: Send {
-    /// Blocks until all holders have answered or one has failed; returns the combined sum, `[tokens, hidden]`.
-    /// Never waits for ever: every dispatch has a deadline.
-    fn wait(self: Box<Self>) -> Result<Array2<f32>, DispatchError>;
+    /// Blocks until all is computed, or cannot be. Never waits for ever: every dispatch has a deadline.
+    fn wait(self: Box<Self>) -> Result<Combined, DispatchError>;
+}
+
+/// What the experts give.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Combined {
+    /// The combined sum, `[tokens, hidden]`.
+    pub hidden_states: Array2<f32>,
+    /// Rows for which an expert was left out because nobody could compute it, ascending. Always empty unless the operator
+    /// allowed that.
+    pub degraded_rows: Vec<u32>,
+}
+
+impl Combined {
+    /// A result in which nothing was left out.
+    pub fn whole(hidden_states: Array2<f32>) -> Self {
+        Self {
+            hidden_states,
+            degraded_rows: Vec::new(),
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use moerun_types::{ExpertId, LayerId};
+use moerun_types::{BlockRange, ExpertId, ExpertSlice, LayerId};
 
 /// Why experts gave no answer, or workers were not taken. A worker is named by its address.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -38,6 +38,28 @@ pub enum DispatchError {
         layer: LayerId,
         /// Why it is down.
         reason: String,
+    },
+    /// No holder of an expert is left that could be asked.
+    #[error("no live worker holds layer {layer} expert {expert} blocks {blocks}: {reason}")]
+    ExpertUnavailable {
+        /// Model layer.
+        layer: LayerId,
+        /// Expert.
+        expert: ExpertId,
+        /// The blocks.
+        blocks: BlockRange,
+        /// Who held it, and why each is not there.
+        reason: String,
+    },
+    /// A message was changed on its way.
+    #[error("worker {worker}, layer {layer}: {what} was corrupted on its way")]
+    Corrupted {
+        /// Its address.
+        worker: String,
+        /// Model layer.
+        layer: LayerId,
+        /// The request or the answer.
+        what: &'static str,
     },
     /// A message of a worker cannot be what it says it is.
     #[error("worker {worker} sent a malformed answer: {source}")]
@@ -192,6 +214,14 @@ pub enum DispatchError {
         wanted: String,
         /// The worker's, in hex, or `nothing` where it does not hold the block any more.
         found: String,
+    },
+    /// A worker gave another answer to a known input than it should.
+    #[error("worker {worker} is refused: it answered a known input on {slice} wrongly")]
+    WrongAnswer {
+        /// Its address.
+        worker: String,
+        /// What it was asked for.
+        slice: ExpertSlice,
     },
     /// The workers do not hold the whole model between them.
     #[error("{0}")]

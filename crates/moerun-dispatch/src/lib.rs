@@ -10,10 +10,25 @@ mod local;
 
 mod remote;
 
-mod pending;
+mod core;
+mod dispatch;
+mod expert_loss;
+mod local_resort;
+
+mod run_plan;
+
+mod membership;
+
+mod canary;
+mod member;
+
+mod budget;
+mod health;
+mod stats;
 
 mod link;
 
+mod connector;
 mod session;
 
 mod admission;
@@ -21,9 +36,12 @@ mod admission;
 mod local_shards;
 mod local_workers;
 
-pub use backend::{ExpertBackend, ExpertRequest, PendingExperts};
+pub use backend::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
+pub use connector::Connector;
 pub use error::DispatchError;
+pub use expert_loss::OnExpertLoss;
 pub use local::LocalExperts;
 pub use local_shards::local_shards;
 pub use local_workers::{LocalWorkers, LocalWorkersConfig, LocalWorkersError};
-pub use remote::{RemoteConfig, RemoteExperts, WorkerStatus};
+pub use remote::{LocalConfig, RemoteConfig, RemoteExperts, WorkerStatus};
+pub use stats::{DispatchStats, FailureReason, WorkerStats};

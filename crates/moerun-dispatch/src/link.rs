@@ -1,46 +1,49 @@
 //! The state of one worker's connection: up with its waiters, or down with a reason.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use moerun_proto::v1;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
-use tonic::Streaming;
-
-use crate::session::{Session, describe};
+use tokio::{sync::mpsc, time::Instant};
 
 /// An answer, or the end of the connection it would have come on.
 #[derive(Debug)]
 pub(crate) struct Arrival {
-    /// Which part of the dispatch it belongs to.
-    pub(crate) part: usize,
+    /// Which call of the dispatch it belongs to.
+    pub(crate) call: usize,
+    /// When it came.
+    pub(crate) at: Instant,
+    /// When the worker had last said something before.
+    pub(crate) previous: Option<Instant>,
     /// The answer, or why there will be none.
     pub(crate) outcome: Result<v1::ExecuteResponse, String>,
 }
 
-/// Where the answer to one request goes. The channel has room for every part of its dispatch.
+/// Where the answer to one request goes. The channel has room for every call of its dispatch.
 #[derive(Debug)]
 pub(crate) struct Waiter {
-    /// Which part of the dispatch it is.
-    pub(crate) part: usize,
+    /// Which call of the dispatch it is.
+    pub(crate) call: usize,
     /// Where the dispatch waits.
     pub(crate) arrivals: mpsc::Sender<Arrival>,
 }
 
 impl Waiter {
-    fn arrive(self, outcome: Result<v1::ExecuteResponse, String>) {
+    /// Hands the answer over.
+    pub(crate) fn arrive(self, at: Instant, previous: Option<Instant>, outcome: Result<v1::ExecuteResponse, String>) {
         // Fails only when the dispatch has been dropped, and then nobody wants it.
         let _ = self.arrivals.try_send(Arrival {
-            part: self.part,
+            call: self.call,
+            at,
+            previous,
             outcome,
         });
     }
 }
 
-/// One worker, for as long as the gateway runs.
+/// One worker's connection, for as long as the worker is a member.
 #[derive(Debug)]
 pub(crate) struct Link {
-    worker: String,
     state: Mutex<State>,
 }
 
@@ -55,6 +58,7 @@ struct State {
 enum Connection {
     Up {
         requests: mpsc::Sender<v1::ExecuteRequest>,
+        protocol_version: u32,
         waiters: HashMap<u64, Waiter>,
     },
     Down {
@@ -62,23 +66,37 @@ enum Connection {
     },
 }
 
+/// A request that is waited for: what it is called and where to send it.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    /// Its id on this link.
+    pub(crate) request_id: u64,
+    /// Takes the request.
+    pub(crate) requests: mpsc::Sender<v1::ExecuteRequest>,
+    /// What the worker speaks.
+    pub(crate) protocol_version: u32,
+}
+
+/// Whom an answer is for.
+#[derive(Debug)]
+pub(crate) enum Addressee {
+    /// Somebody waits for it.
+    Waiting(Waiter),
+    /// Nobody does any more: it is late.
+    Nobody,
+}
+
 impl Link {
-    pub(crate) fn new(worker: String) -> Self {
+    pub(crate) fn new() -> Self {
         let connection = Connection::Down {
             reason: "not connected yet".to_owned(),
         };
         Self {
-            worker,
             state: Mutex::new(State {
                 next_request_id: 1,
                 connection,
             }),
         }
-    }
-
-    /// Address of the worker.
-    pub(crate) fn worker(&self) -> &str {
-        &self.worker
     }
 
     /// Why it is down, if it is.
@@ -89,6 +107,11 @@ impl Link {
         }
     }
 
+    /// Whether there is a connection.
+    pub(crate) fn is_up(&self) -> bool {
+        matches!(self.state.lock().connection, Connection::Up { .. })
+    }
+
     /// Says anew why it is down; the last attempt to bring it up tells more than what ended it.
     pub(crate) fn still_down(&self, why: String) {
         if let Connection::Down { reason } = &mut self.state.lock().connection {
@@ -96,19 +119,34 @@ impl Link {
         }
     }
 
-    /// Adds a waiter before its request is sent; returns the request's id and where to send it, or why it is down.
-    pub(crate) fn register(&self, waiter: Waiter) -> Result<(u64, mpsc::Sender<v1::ExecuteRequest>), String> {
+    /// Adds a waiter before its request is sent; or says why it is down.
+    pub(crate) fn register(&self, waiter: Waiter) -> Result<Registered, String> {
         let mut state = self.state.lock();
-        let id = state.next_request_id;
+        let request_id = state.next_request_id;
         match &mut state.connection {
             Connection::Down { reason } => Err(reason.clone()),
-            Connection::Up { requests, waiters } => {
-                waiters.insert(id, waiter);
-                let requests = requests.clone();
+            Connection::Up {
+                requests,
+                protocol_version,
+                waiters,
+            } => {
+                waiters.insert(request_id, waiter);
+                let registered = Registered {
+                    request_id,
+                    requests: requests.clone(),
+                    protocol_version: *protocol_version,
+                };
                 state.next_request_id += 1;
-                Ok((id, requests))
+                Ok(registered)
             }
         }
+    }
+
+    /// An id for a request that is sent before the link is up.
+    pub(crate) fn reserve_id(&self) -> u64 {
+        let mut state = self.state.lock();
+        state.next_request_id += 1;
+        state.next_request_id - 1
     }
 
     /// Nobody waits for this answer any more.
@@ -119,21 +157,27 @@ impl Link {
     }
 
     /// Brings the link up.
-    pub(crate) fn connect(self: &Arc<Self>, session: Session) -> Connected {
-        let Session { requests, replies, .. } = session;
+    pub(crate) fn up(&self, requests: mpsc::Sender<v1::ExecuteRequest>, protocol_version: u32) {
         self.state.lock().connection = Connection::Up {
             requests,
+            protocol_version,
             waiters: HashMap::new(),
         };
-        Connected {
-            link: Arc::clone(self),
-            replies,
-            reason: "the gateway is stopping".to_owned(),
+    }
+
+    /// Takes the link down; returns those who still waited on it.
+    pub(crate) fn down(&self, reason: &str) -> Vec<Waiter> {
+        let down = Connection::Down {
+            reason: reason.to_owned(),
+        };
+        match std::mem::replace(&mut self.state.lock().connection, down) {
+            Connection::Up { waiters, .. } => waiters.into_values().collect(),
+            Connection::Down { .. } => Vec::new(),
         }
     }
 
-    fn deliver(&self, response: v1::ExecuteResponse) -> Result<(), String> {
-        let id = response.request_id;
+    /// Whom the answer to request `id` is for; an error if there was no such request.
+    pub(crate) fn addressee(&self, id: u64) -> Result<Addressee, String> {
         let mut state = self.state.lock();
         if id == 0 || id >= state.next_request_id {
             return Err(format!("it answered request {id}, which was never sent"));
@@ -142,51 +186,6 @@ impl Link {
             Connection::Up { waiters, .. } => waiters.remove(&id),
             Connection::Down { .. } => None,
         };
-        drop(state);
-        // No waiter: the answer came after the dispatch's deadline.
-        if let Some(waiter) = waiter {
-            waiter.arrive(Ok(response));
-        }
-        Ok(())
-    }
-}
-
-/// A link that is up. However this ends, the link is then down and all that waited on it have been told.
-#[derive(Debug)]
-pub(crate) struct Connected {
-    link: Arc<Link>,
-    replies: Streaming<v1::ExecuteResponse>,
-    reason: String,
-}
-
-impl Connected {
-    /// Hands out answers until the stream ends; returns why it did.
-    pub(crate) async fn run(mut self) -> String {
-        self.reason = loop {
-            match self.replies.message().await {
-                Ok(Some(response)) => {
-                    if let Err(reason) = self.link.deliver(response) {
-                        break reason;
-                    }
-                }
-                Ok(None) => break "the worker ended the stream".to_owned(),
-                Err(status) => break describe(&status),
-            }
-        };
-        self.reason.clone()
-    }
-}
-
-impl Drop for Connected {
-    fn drop(&mut self) {
-        let down = Connection::Down {
-            reason: self.reason.clone(),
-        };
-        let before = std::mem::replace(&mut self.link.state.lock().connection, down);
-        if let Connection::Up { waiters, .. } = before {
-            for waiter in waiters.into_values() {
-                waiter.arrive(Err(self.reason.clone()));
-            }
-        }
+        Ok(waiter.map_or(Addressee::Nobody, Addressee::Waiting))
     }
 }

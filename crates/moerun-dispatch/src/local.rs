@@ -5,9 +5,8 @@ use std::sync::Arc;
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
 use moerun_routing::whole_assignments;
-use ndarray::Array2;
 
-use crate::{DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
+use crate::{Combined, DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
 
 /// All experts of the model, in this process.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl ExpertBackend for LocalExperts {
 }
 
 impl PendingExperts for LocalPending {
-    fn wait(self: Box<Self>) -> Result<Array2<f32>, DispatchError> {
+    fn wait(self: Box<Self>) -> Result<Combined, DispatchError> {
         let ExpertRequest {
             layer,
             activations,
@@ -55,6 +54,6 @@ impl PendingExperts for LocalPending {
             &activations,
             &whole_assignments(&routing, num_blocks),
         )?;
-        Ok(sums.to_f32())
+        Ok(Combined::whole(sums.to_f32()))
     }
 }

@@ -1,66 +1,81 @@
-//! Experts in worker processes: [`RemoteExperts`].
+//! Experts in worker processes: [`RemoteExperts`], the blocking façade of the dispatch.
 
-use std::{
-    collections::HashSet,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-
-use moerun_kernels::Activations;
+use moerun_kernels::CpuPool;
 use moerun_process::{DataPlane, spin_then_wait};
-use moerun_proto::{HeldExpert, MAX_EXECUTE_BYTES, encode_request, request_cost_bytes, v1};
-use moerun_routing::{Placement, WorkerBatch};
-use moerun_types::{ExpertSlice, LayerId, Numerics};
+use moerun_proto::v1;
+use moerun_types::{ExpertSlice, Numerics};
 use moerun_weights::Checkpoint;
 use tokio::{
-    sync::mpsc::{self, error::TrySendError},
-    task::{JoinSet, yield_now},
-    time::{sleep, timeout},
+    sync::mpsc,
+    task::yield_now,
+    time::{Instant, timeout},
 };
-use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::Endpoint;
 
 use crate::{
-    DispatchError, ExpertBackend, ExpertRequest, PendingExperts,
-    admission::{Admission, check_agreement, check_unchanged},
-    link::{Arrival, Connected, Link, Waiter},
-    pending::{Driver, Part, PendingRemote},
-    session::{Session, SessionError, endpoint, open},
+    Combined, Connector, DispatchError, DispatchStats, ExpertBackend, ExpertRequest, OnExpertLoss, PendingExperts,
+    admission::Admission,
+    canary::Canary,
+    core::Core,
+    dispatch::{Dispatch, Progress},
+    link::{Arrival, Waiter},
+    local_resort::LocalResort,
+    membership::{Membership, endpoints},
+    run_plan::RunPlan,
 };
-
-/// Between attempts to reach a worker at start-up.
-const START_RETRY: Duration = Duration::from_millis(100);
-/// Between attempts to reach a worker that is gone: the first pause, doubled up to the last.
-const FIRST_RECONNECT: Duration = Duration::from_millis(50);
-const LAST_RECONNECT: Duration = Duration::from_secs(1);
 
 /// Rows up to this many bytes, to all workers together, are written by the thread that dispatches. More would not fit the
 /// sockets' buffers at once.
 const MAX_CALLER_DRIVEN_BYTES: usize = 64 << 10;
 
-/// Which workers, and how long to wait for them.
+/// Which workers, how long to wait for them, and what to do without them.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
     /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
     /// How long workers may take to come up, loading included.
     pub startup_timeout: Duration,
-    /// How long one dispatch may take, from submit to the last answer.
+    /// How long one dispatch may take at most, from submit to the last answer. One that hangs is asked of another holder
+    /// much sooner.
     pub dispatch_deadline: Duration,
     /// How long to look for an answer before sleeping.
     pub patience: Duration,
+    /// What to do when no holder of an expert is left.
+    pub on_expert_loss: OnExpertLoss,
+    /// With what this process computes experts itself; `None` = it does not.
+    pub local: Option<LocalConfig>,
+    /// How often each worker is asked with a known input.
+    pub canary_interval: Duration,
+    /// Decides between holders that seem equal.
+    pub seed: u64,
+    /// Opens transports.
+    pub connector: Connector,
+}
+
+/// With what this process computes experts that no worker can.
+#[derive(Debug, Clone)]
+pub struct LocalConfig {
+    /// Computes.
+    pub pool: Arc<CpuPool>,
+    /// Most bytes of packed experts that are kept for the next time.
+    pub max_bytes: u64,
 }
 
 impl RemoteConfig {
-    /// These workers, with the usual patience.
+    /// These workers, with the usual patience; when all holders of an expert are gone, dispatches fail.
     pub fn new(workers: Vec<String>) -> Self {
         Self {
             workers,
             startup_timeout: Duration::from_secs(120),
             dispatch_deadline: Duration::from_secs(30),
             patience: Duration::ZERO,
+            on_expert_loss: OnExpertLoss::Fail,
+            local: None,
+            canary_interval: Duration::from_secs(60),
+            seed: 0,
+            connector: Connector::sockets(),
         }
     }
 }
@@ -72,167 +87,113 @@ pub struct WorkerStatus {
     pub address: String,
     /// Why it is down, if it is.
     pub down: Option<String>,
-    /// What it announced when it was admitted.
+    /// What it announced when it was admitted; nothing before that.
     pub held: Vec<ExpertSlice>,
 }
 
-/// Experts held by workers, each reached over one long-lived stream. A worker that goes away is looked for until it is
-/// back; what needs it fails at once until then.
+/// Experts held by workers, each reached over one long-lived stream. What a worker fails to answer is asked of another
+/// holder; a worker that goes away is looked for until it is back.
 ///
 /// [`ExpertBackend::submit`] and [`PendingExperts::wait`] block and must not be called on a thread of an async runtime.
 #[derive(Debug)]
 pub struct RemoteExperts {
-    admission: Arc<Admission>,
-    numerics: Numerics,
-    placement: Placement,
-    workers: Vec<Member>,
-    dispatch_deadline: Duration,
+    core: Arc<Core>,
+    membership: Membership,
     patience: Duration,
-    /// Ends the connections, and so tells whoever still waits on one.
-    _connections: DropGuard,
     data_plane: Arc<DataPlane>,
 }
 
-#[derive(Debug)]
-struct Member {
-    link: Arc<Link>,
-    held: Vec<ExpertSlice>,
-}
-
-/// One worker during start-up.
-struct Candidate {
-    worker: String,
-    endpoint: Endpoint,
-    session: Session,
-}
-
 impl RemoteExperts {
-    /// Connects to all workers, compares each with `checkpoint` and `numerics` and all with each other, and checks that
-    /// they hold the whole model between them.
+    /// Connects to the workers, compares each with `checkpoint` and `numerics` and all with each other, and returns when
+    /// those that are there hold the whole model between them, or this process can compute the rest.
     ///
-    /// A worker that cannot be reached or is still loading is waited for until the start-up timeout; one that differs is
-    /// refused at once. `checkpoint` need not have any expert; where it has one, a worker's copy of it is compared.
+    /// A worker that cannot be reached or is still loading is waited for until the start-up timeout if it is needed, and
+    /// dialled on in any case; one that differs is refused at once. `checkpoint` need not have any expert; where it has
+    /// one, a worker's copy of it is compared.
     pub fn connect(
         config: RemoteConfig,
         checkpoint: Arc<Checkpoint>,
         numerics: Numerics,
     ) -> Result<Self, DispatchError> {
-        let mut endpoints = Vec::with_capacity(config.workers.len());
-        let mut seen = HashSet::new();
-        for worker in &config.workers {
-            if !seen.insert(worker) {
-                let reason = "given twice".to_owned();
-                return Err(DispatchError::Address {
-                    worker: worker.clone(),
-                    reason,
-                });
-            }
-            endpoints.push((worker.clone(), endpoint(worker)?));
-        }
-        let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| DispatchError::Start {
-            reason: error.to_string(),
-        })?;
-        let model = checkpoint.config().clone();
-        let admission = Arc::new(Admission::new(checkpoint, numerics));
-
-        let connecting = connect_all(endpoints, Arc::clone(&admission), config.startup_timeout);
-        // Spawned, not blocked on here: its timers and sockets belong to the data plane's thread.
-        let candidates = data_plane.handle().block_on(data_plane.handle().spawn(connecting));
-        let candidates = candidates.map_err(|error| DispatchError::Start {
-            reason: error.to_string(),
-        })??;
-        check_agreement(
-            candidates
-                .iter()
-                .map(|it| (it.worker.as_str(), it.session.identity.held.as_slice())),
-        )?;
-        let held: Vec<Vec<ExpertSlice>> = candidates.iter().map(|it| slices(&it.session.identity.held)).collect();
-        let placement = Placement::new(&model, admission.limits().num_blocks, &held)
+        let endpoints = endpoints(&config.workers)?;
+        let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| start_error(&error))?;
+        let admission = Arc::new(Admission::new(Arc::clone(&checkpoint), numerics));
+        let num_blocks = admission.limits().num_blocks;
+        let canary = Canary::new(Arc::clone(&checkpoint), numerics, num_blocks, config.canary_interval);
+        let local = config.local.map(|LocalConfig { pool, max_bytes }| {
+            Arc::new(LocalResort::new(checkpoint, numerics, num_blocks, pool, max_bytes))
+        });
+        let nobody = RunPlan::new(0, admission.config(), num_blocks, Vec::new())
             .map_err(|error| DispatchError::Placement(Arc::new(error)))?;
-
-        let end = CancellationToken::new();
-        let mut workers = Vec::with_capacity(held.len());
-        for (
-            Candidate {
-                worker,
-                endpoint,
-                session,
-            },
-            held,
-        ) in candidates.into_iter().zip(held)
-        {
-            let link = Arc::new(Link::new(worker));
-            let announced = session.identity.held.clone();
-            let connected = link.connect(session);
-            let keeping = keep_connected(
-                Arc::clone(&link),
-                connected,
-                endpoint,
-                announced,
-                Arc::clone(&admission),
-            );
-            data_plane
-                .handle()
-                .spawn(end.clone().run_until_cancelled_owned(keeping));
-            workers.push(Member { link, held });
-        }
-        Ok(Self {
+        let core = Arc::new(Core::new(
             admission,
-            numerics,
-            placement,
-            workers,
-            dispatch_deadline: config.dispatch_deadline,
+            nobody,
+            config.seed,
+            config.dispatch_deadline,
+            config.on_expert_loss,
+            local,
+        ));
+        let starting = Membership::start(
+            Arc::clone(&core),
+            canary,
+            config.connector,
+            data_plane.handle().clone(),
+            endpoints,
+            config.startup_timeout,
+        );
+        // Spawned, not blocked on here: its timers and sockets belong to the data plane's thread.
+        let started = data_plane.handle().block_on(data_plane.handle().spawn(starting));
+        Ok(Self {
+            core,
+            membership: started.map_err(|error| start_error(&error))??,
             patience: config.patience,
-            _connections: end.drop_guard(),
             data_plane: Arc::new(data_plane),
         })
     }
 
     /// The workers as they are now, in the order given.
     pub fn workers(&self) -> Vec<WorkerStatus> {
-        let status = |member: &Member| WorkerStatus {
-            address: member.link.worker().to_owned(),
+        let members = self.membership.members();
+        let status = |member: &Arc<crate::member::Member>| WorkerStatus {
+            address: member.address().to_owned(),
             down: member.link.down_reason(),
-            held: member.held.clone(),
+            held: member.held(),
         };
-        self.workers.iter().map(status).collect()
+        members.iter().map(status).collect()
     }
 
-    /// Cuts what each worker is asked into messages; one of each worker first, so that none waits for another's long one.
-    fn cut(&self, activations: &Activations, batches: Vec<WorkerBatch>) -> Vec<WorkerBatch> {
-        let mut parts: Vec<(usize, WorkerBatch)> = Vec::with_capacity(batches.len());
-        for batch in batches {
-            let mut most_assignments = 0;
-            for same_row in batch.assignments.chunk_by(|one, next| one.row == next.row) {
-                most_assignments = most_assignments.max(same_row.len());
-            }
-            let row_bytes = request_cost_bytes(activations.format(), activations.cols(), most_assignments);
-            let max_rows = (MAX_EXECUTE_BYTES / row_bytes.max(1)).clamp(1, self.admission.limits().max_rows);
-            parts.extend(batch.split(max_rows).into_iter().enumerate());
-        }
-        parts.sort_by_key(|&(turn, _)| turn);
-        parts.into_iter().map(|(_, part)| part).collect()
+    /// What has happened so far.
+    pub fn stats(&self) -> DispatchStats {
+        self.core.stats()
+    }
+
+    /// Replaces the workers while dispatches go on: newcomers are dialled, and asked once they are admitted; those that are
+    /// not in the list any more get no new work, and are let go when they have answered. Returns the epoch of the new plan.
+    pub fn set_workers(&self, workers: &[String]) -> Result<u64, DispatchError> {
+        self.membership.replace(endpoints(workers)?)
     }
 
     /// Sends `bytes` to a worker, by its place in the order given, over the stream that experts are asked on, and returns
     /// what comes back: what a round trip costs. Blocks for at most the dispatch deadline. Panics if there is no such worker.
     pub fn echo(&self, worker: usize, bytes: Bytes) -> Result<Bytes, DispatchError> {
-        let link = &self.workers[worker].link;
+        let plan = self.core.plan.load();
+        let member = &plan.members[worker];
         let gone = |reason: String| DispatchError::WorkerGone {
-            worker: link.worker().to_owned(),
+            worker: member.address().to_owned(),
             reason,
         };
         let (arrivals, mut arrived) = mpsc::channel(1);
-        let (request_id, requests) = link.register(Waiter { part: 0, arrivals }).map_err(gone)?;
+        let registered = member.link.register(Waiter { call: 0, arrivals }).map_err(gone)?;
+        let request_id = registered.request_id;
         let request = v1::ExecuteRequest {
             request_id,
             echo: bytes,
             ..Default::default()
         };
-        let (deadline, patience) = (self.dispatch_deadline, self.patience);
+        let (deadline, patience) = (self.core.dispatch_deadline, self.patience);
         let asking = async {
             // When the connection has just ended, the waiter has been told, or is being told, why.
-            let _ = requests.send(request).await;
+            let _ = registered.requests.send(request).await;
             spin_then_wait(patience, arrived.recv()).await
         };
         let answer = self.data_plane.drive(async { timeout(deadline, asking).await });
@@ -245,52 +206,16 @@ impl RemoteExperts {
             })) => Err(gone(reason)),
             Ok(None) => Err(gone("the connection was dropped".to_owned())),
             Err(_) => {
-                link.forget(request_id);
+                member.link.forget(request_id);
                 Err(gone(format!("no echo within {deadline:?}")))
             }
         }
     }
+}
 
-    /// Hands all requests to their connections, and waits, up to the deadline, only if a queue is full.
-    fn send_all(&self, pending: &PendingRemote, requests: Vec<Outgoing>) -> Result<(), DispatchError> {
-        if pending.driver == Driver::DataPlane {
-            self.data_plane.hand_back();
-            for (part, (queue, request)) in requests.into_iter().enumerate() {
-                self.send(pending, part, &queue, request)?;
-            }
-            return Ok(());
-        }
-        self.data_plane.drive(async {
-            for (part, (queue, request)) in requests.into_iter().enumerate() {
-                if timeout(pending.remaining(), queue.send(request)).await.is_err() {
-                    return Err(pending.deadline_exceeded(part));
-                }
-            }
-            // Two turns of the runtime: the streams take the messages, the connections write them.
-            yield_now().await;
-            yield_now().await;
-            Ok(())
-        })
-    }
-
-    /// Hands a request to the connection; waits, up to the deadline, only if its queue is full.
-    fn send(
-        &self,
-        pending: &PendingRemote,
-        part: usize,
-        requests: &mpsc::Sender<v1::ExecuteRequest>,
-        request: v1::ExecuteRequest,
-    ) -> Result<(), DispatchError> {
-        let request = match requests.try_send(request) {
-            // When the connection has just ended, the waiter has been told, or is being told, why.
-            Ok(()) | Err(TrySendError::Closed(_)) => return Ok(()),
-            Err(TrySendError::Full(request)) => request,
-        };
-        let sending = async { timeout(pending.remaining(), requests.send(request)).await };
-        match self.data_plane.handle().block_on(sending) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(pending.deadline_exceeded(part)),
-        }
+fn start_error(error: &dyn std::error::Error) -> DispatchError {
+    DispatchError::Start {
+        reason: error.to_string(),
     }
 }
 
@@ -300,181 +225,84 @@ impl ExpertBackend for RemoteExperts {
     }
 
     fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError> {
-        let begun = Instant::now();
-        let ExpertRequest {
-            layer,
-            activations,
-            routing,
-        } = request;
-        if !self.admission.limits().is_moe_layer(layer) {
-            return Err(DispatchError::NotMoe { layer });
-        }
-        let batches = self.cut(&activations, self.placement.plan_layer(layer, &routing));
-        let row_bytes = activations.format().row_bytes(activations.cols());
-        let sent_bytes: usize = batches.iter().map(|batch| batch.rows.len() * row_bytes).sum();
-        // At least one place: a dispatch without rows has no parts.
-        let (arrive, arrivals) = mpsc::channel(batches.len().max(1));
-        let mut pending = PendingRemote {
-            layer,
-            tokens: activations.rows(),
-            hidden: activations.cols(),
-            mode: self.numerics.combine,
-            begun,
-            deadline: self.dispatch_deadline,
-            parts: Vec::with_capacity(batches.len()),
-            arrivals,
-            data_plane: Arc::clone(&self.data_plane),
-            driver: if sent_bytes <= MAX_CALLER_DRIVEN_BYTES {
-                Driver::Caller
-            } else {
-                Driver::DataPlane
-            },
-            patience: self.patience,
+        let mut dispatch = Dispatch::begin(&self.core, request)?;
+        let driver = if dispatch.outgoing_bytes() <= MAX_CALLER_DRIVEN_BYTES {
+            Driver::Caller
+        } else {
+            Driver::DataPlane
         };
-        let mut outgoing = Vec::with_capacity(batches.len());
-        for (index, batch) in batches.into_iter().enumerate() {
-            let link = &self.workers[batch.worker].link;
-            let (request_id, requests) = link
-                .register(Waiter {
-                    part: index,
-                    arrivals: arrive.clone(),
-                })
-                .map_err(|reason| worker_down(link, layer, reason))?;
-            let WorkerBatch { rows, assignments, .. } = batch;
-            let remaining = pending.remaining();
-            let request = encode_request(request_id, layer, &activations, &rows, &assignments, remaining);
-            pending.parts.push(Part {
-                link: Arc::clone(link),
-                request_id,
-                rows,
-                answered: false,
-            });
-            outgoing.push((requests, request));
+        match driver {
+            Driver::DataPlane => {
+                self.data_plane.hand_back();
+                dispatch.flush();
+            }
+            Driver::Caller => self.data_plane.drive(async {
+                dispatch.flush();
+                // Two turns of the runtime: the streams take the messages, the connections write them.
+                yield_now().await;
+                yield_now().await;
+            }),
         }
-        self.send_all(&pending, outgoing)?;
-        Ok(Box::new(pending))
+        Ok(Box::new(PendingRemote {
+            dispatch,
+            local: self.core.local.clone(),
+            data_plane: Arc::clone(&self.data_plane),
+            driver,
+            patience: self.patience,
+        }))
     }
 }
 
-/// A request and the queue of its connection.
-type Outgoing = (mpsc::Sender<v1::ExecuteRequest>, v1::ExecuteRequest);
-
-fn worker_down(link: &Link, layer: LayerId, reason: String) -> DispatchError {
-    DispatchError::WorkerDown {
-        worker: link.worker().to_owned(),
-        layer,
-        reason,
-    }
+/// Who writes and reads the sockets of a dispatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Driver {
+    /// The thread that dispatches: no other is woken. For messages that are written at once.
+    Caller,
+    /// The data plane's own thread, while the caller computes or adds up what has come.
+    DataPlane,
 }
 
-fn slices(held: &[HeldExpert]) -> Vec<ExpertSlice> {
-    held.iter().map(|held| held.slice).collect()
+/// A dispatch under way, and who drives it.
+#[derive(Debug)]
+struct PendingRemote {
+    dispatch: Dispatch,
+    local: Option<Arc<LocalResort>>,
+    data_plane: Arc<DataPlane>,
+    driver: Driver,
+    patience: Duration,
 }
 
-async fn connect_all(
-    endpoints: Vec<(String, Endpoint)>,
-    admission: Arc<Admission>,
-    startup_timeout: Duration,
-) -> Result<Vec<Candidate>, DispatchError> {
-    let mut connecting = JoinSet::new();
-    let count = endpoints.len();
-    for (index, (worker, endpoint)) in endpoints.into_iter().enumerate() {
-        let admission = Arc::clone(&admission);
-        connecting.spawn(async move {
-            let session = open_by(&worker, &endpoint, &admission, startup_timeout).await?;
-            Ok::<_, DispatchError>((
-                index,
-                Candidate {
-                    worker,
-                    endpoint,
-                    session,
-                },
-            ))
-        });
-    }
-    let mut candidates: Vec<(usize, Candidate)> = Vec::with_capacity(count);
-    // The first refusal ends it; dropping the set ends the other attempts.
-    while let Some(joined) = connecting.join_next().await {
-        candidates.push(joined.map_err(|error| DispatchError::Start {
-            reason: error.to_string(),
-        })??);
-    }
-    candidates.sort_by_key(|&(index, _)| index);
-    Ok(candidates.into_iter().map(|(_, candidate)| candidate).collect())
-}
-
-async fn open_by(
-    worker: &str,
-    endpoint: &Endpoint,
-    admission: &Arc<Admission>,
-    startup_timeout: Duration,
-) -> Result<Session, DispatchError> {
-    let begun = Instant::now();
-    let mut told = false;
-    loop {
-        match open(worker, endpoint, admission).await {
-            Ok(session) => return Ok(session),
-            Err(SessionError::Refused(error)) => return Err(error),
-            Err(SessionError::NotYet(reason)) if begun.elapsed() + START_RETRY >= startup_timeout => {
-                return Err(DispatchError::Unreachable {
-                    worker: worker.to_owned(),
-                    waited: startup_timeout,
-                    reason,
-                });
-            }
-            Err(SessionError::NotYet(reason)) => {
-                if !told {
-                    tracing::info!(worker, "waiting for it: {reason}");
-                    told = true;
+impl PendingExperts for PendingRemote {
+    fn wait(mut self: Box<Self>) -> Result<Combined, DispatchError> {
+        loop {
+            let advancing = self.dispatch.advance(self.patience);
+            let progress = match self.driver {
+                Driver::Caller => self.data_plane.drive(advancing),
+                Driver::DataPlane => {
+                    // Another dispatch may have been driven meanwhile.
+                    self.data_plane.hand_back();
+                    self.data_plane.handle().block_on(advancing)
                 }
-                sleep(START_RETRY).await;
-            }
-        }
-    }
-}
-
-/// Runs a worker's connection, and after it the next, for as long as the gateway runs.
-async fn keep_connected(
-    link: Arc<Link>,
-    mut connected: Connected,
-    endpoint: Endpoint,
-    announced: Vec<HeldExpert>,
-    admission: Arc<Admission>,
-) {
-    loop {
-        let reason = connected.run().await;
-        tracing::warn!(worker = link.worker(), "worker is gone: {reason}");
-        let session = reconnect(&link, &endpoint, &admission, &announced).await;
-        connected = link.connect(session);
-        tracing::info!(worker = link.worker(), "worker is back");
-    }
-}
-
-/// Tries until it succeeds; meanwhile the link says what the last attempt met.
-async fn reconnect(link: &Link, endpoint: &Endpoint, admission: &Arc<Admission>, held: &[HeldExpert]) -> Session {
-    let worker = link.worker();
-    let mut pause = FIRST_RECONNECT;
-    let mut last_refusal = String::new();
-    loop {
-        sleep(pause).await;
-        pause = (pause * 2).min(LAST_RECONNECT);
-        let opened = open(worker, endpoint, admission).await.and_then(|session| {
-            check_unchanged(worker, held, &session.identity.held).map_err(SessionError::Refused)?;
-            Ok(session)
-        });
-        match opened {
-            Ok(session) => return session,
-            Err(SessionError::NotYet(reason)) => {
-                tracing::debug!(worker, "still gone: {reason}");
-                link.still_down(reason);
-            }
-            Err(SessionError::Refused(error)) => {
-                let refusal = error.to_string();
-                if refusal != last_refusal {
-                    tracing::error!(worker, "what came back is not what went away: {refusal}");
-                    last_refusal.clone_from(&refusal);
+            };
+            match progress? {
+                Progress::Done => return Ok(self.dispatch.combined()),
+                Progress::Local(work) => {
+                    // Outside the runtime: its own thread goes on with answers and pings.
+                    self.data_plane.hand_back();
+                    let (Some(local), begun) = (&self.local, Instant::now()) else {
+                        unreachable!("work comes here only if there is somebody to compute it");
+                    };
+                    let layer = self.dispatch.layer();
+                    let sums = local.run(layer, self.dispatch.activations(), &work)?;
+                    tracing::debug!(
+                        layer = layer.0,
+                        assignments = work.len(),
+                        kept_bytes = local.kept_bytes(),
+                        "computed here in {:?}",
+                        begun.elapsed()
+                    );
+                    self.dispatch.add_local(&work, &sums)?;
                 }
-                link.still_down(refusal);
             }
         }
     }

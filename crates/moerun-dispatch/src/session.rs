@@ -12,11 +12,11 @@ use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Endpoint};
 
-use crate::{DispatchError, admission::Admission};
+use crate::{Connector, DispatchError, admission::Admission};
 
 /// A worker that is gone without a word is found within the sum of these.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a worker may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long it may then take to say what it holds, and to open the stream.
@@ -40,6 +40,8 @@ pub(crate) struct Session {
 pub(crate) enum SessionError {
     /// It may go better later.
     NotYet(String),
+    /// It is there, and still loads its experts.
+    Loading(String),
     /// It will not.
     Refused(DispatchError),
 }
@@ -73,9 +75,10 @@ pub(crate) fn endpoint(worker: &str) -> Result<Endpoint, DispatchError> {
 pub(crate) async fn open(
     worker: &str,
     endpoint: &Endpoint,
+    connector: &Connector,
     admission: &Arc<Admission>,
 ) -> Result<Session, SessionError> {
-    let connecting = timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
+    let connecting = timeout(CONNECT_TIMEOUT, connector.connect(worker, endpoint)).await;
     let channel = match connecting {
         Ok(Ok(channel)) => channel,
         Ok(Err(error)) => return Err(SessionError::NotYet(with_sources(&error))),
@@ -141,6 +144,8 @@ fn refusal(worker: &str, status: &Status) -> SessionError {
                 message,
             })
         }
+        // The worker's own words; what tonic says of a broken connection has other codes or a source.
+        Code::Unavailable if std::error::Error::source(status).is_none() => SessionError::Loading(message),
         _ => SessionError::NotYet(message),
     }
 }

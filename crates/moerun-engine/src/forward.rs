@@ -132,7 +132,7 @@ impl<'a> MicroBatch<'a> {
         else {
             return Ok(());
         };
-        let output = model.moe_output(experts.wait()?, shared);
+        let output = model.moe_output(experts.wait()?.hidden_states, shared);
         model.finish(&mut self.hidden_states, &output);
         if let (Some(capture), Some(input)) = (capture, input) {
             capture.moe(layer, &input, &output);
@@ -181,5 +181,5 @@ pub(crate) fn run_moe_block(
     input: MoeInput,
 ) -> Result<Array2<f32>, EngineError> {
     let UnderWay { experts, shared, .. } = UnderWay::begin(pool, model, experts, layer, input, None)?;
-    Ok(model.moe_output(experts.wait()?, shared))
+    Ok(model.moe_output(experts.wait()?.hidden_states, shared))
 }

@@ -3,7 +3,10 @@
 use moerun_types::{FeedForwardKind, LayerId, ModelConfig, Numerics};
 
 /// Version of the protocol between gateway and worker: major × 1000 + minor. Equal majors understand each other.
-pub const PROTOCOL_VERSION: u32 = 1001;
+pub const PROTOCOL_VERSION: u32 = 1002;
+
+/// The first version whose requests and answers carry checksums.
+const CHECKSUMS_SINCE: u32 = 1002;
 
 /// Largest gRPC message, on both sides of every service. A request between gateway and worker stays far below it
 /// ([`MAX_EXECUTE_BYTES`]).
@@ -31,6 +34,11 @@ pub const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// Whether two protocol versions understand each other.
 pub fn speaks_same_major(version: u32) -> bool {
     version / 1000 == PROTOCOL_VERSION / 1000
+}
+
+/// Whether a peer of that version answers with checksums where it is asked with them.
+pub fn speaks_checksums(version: u32) -> bool {
+    version >= CHECKSUMS_SINCE
 }
 
 /// What a receiver knows of the model: the bounds of every number in a message.

@@ -80,6 +80,7 @@ pub fn encode_request(
         end_blocks: end_blocks.into(),
         deadline_micros: u32::try_from(deadline.as_micros()).unwrap_or(u32::MAX),
         echo: Bytes::new(),
+        checksum: None,
     }
 }
 

@@ -50,6 +50,8 @@ pub enum ExecuteFailure {
     Draining,
     /// The deadline passed before the computation began.
     DeadlineExceeded,
+    /// The request's checksum does not fit.
+    Corrupted,
     /// Something that should not happen.
     Internal {
         /// What was seen.
@@ -121,6 +123,11 @@ pub fn encode_failure(request_id: u64, failure: ExecuteFailure) -> v1::ExecuteRe
             v1::ExecuteStatus::DeadlineExceeded,
             None,
             "the deadline passed in the queue".to_owned(),
+        ),
+        ExecuteFailure::Corrupted => (
+            v1::ExecuteStatus::Corrupted,
+            None,
+            "the request's checksum does not fit".to_owned(),
         ),
         ExecuteFailure::Internal { message } => (v1::ExecuteStatus::Internal, None, message),
     };
@@ -217,6 +224,7 @@ fn decode_failure(response: &v1::ExecuteResponse, status: v1::ExecuteStatus) -> 
         v1::ExecuteStatus::Overloaded => ExecuteFailure::Overloaded,
         v1::ExecuteStatus::Draining => ExecuteFailure::Draining,
         v1::ExecuteStatus::DeadlineExceeded => ExecuteFailure::DeadlineExceeded,
+        v1::ExecuteStatus::Corrupted => ExecuteFailure::Corrupted,
         v1::ExecuteStatus::Internal => ExecuteFailure::Internal { message },
         v1::ExecuteStatus::Unspecified | v1::ExecuteStatus::Ok => {
             return Err(WireError::new("status", "a failure", status.as_str_name()));

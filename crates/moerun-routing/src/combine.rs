@@ -72,6 +72,14 @@ impl PartialSums {
         }
     }
 
+    /// The first sum that is not finite, if any; fixed point always is.
+    pub fn first_not_finite(&self) -> Option<f32> {
+        match self {
+            PartialSums::Exact { .. } => None,
+            PartialSums::Fast { sums, .. } => sums.iter().copied().find(|sum| !sum.is_finite()),
+        }
+    }
+
     /// The first `rows[0]` rows, the following `rows[1]`, and so on: all of them. Panics if they are another number.
     pub fn split(self, rows: &[usize]) -> Vec<PartialSums> {
         assert_eq!(rows.iter().sum::<usize>(), self.rows(), "rows of all parts");

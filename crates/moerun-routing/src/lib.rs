@@ -18,6 +18,6 @@ mod testing;
 pub use combine::{CombineError, PartialSums, term_limit, terms_per_element};
 pub use gate::{GateError, Routing, select_experts};
 pub use placement::{Placement, PlanError};
-pub use plan::{Assignment, WorkerBatch, whole_assignments};
+pub use plan::{Assignment, Candidates, LayerPlan, WorkerBatch, whole_assignments};
 pub use shard::{ShardError, ShardItem, ShardSpec};
 pub use slices::merge_slices;

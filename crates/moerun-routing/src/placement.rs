@@ -1,4 +1,4 @@
-//! Who runs what: every block of every expert is given to one of its holders.
+//! Who can run what: the holders of every block of every expert.
 
 mod error;
 #[cfg(test)]
@@ -11,25 +11,29 @@ use moerun_types::{BlockRange, ExpertId, ExpertSlice, LayerId, ModelConfig};
 use crate::slices::merge_slices;
 pub use error::PlanError;
 
-/// Which worker runs which blocks of which expert: every block of every expert has exactly one runner.
+/// Which workers may be asked for which blocks of which expert. Blocks that nobody holds are there too, with no holder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Placement {
     num_workers: usize,
     /// Experts of each MoE layer.
     num_experts: usize,
+    num_blocks: u16,
     /// Position of each model layer among the MoE layers.
     moe_index: Vec<Option<usize>>,
     /// Where the runs of each `(MoE layer, expert)` are.
     expert_runs: Vec<Range<usize>>,
-    /// Runs of one expert stand together, ascending by block.
+    /// Runs of one expert stand together, ascending by block, and cover it.
     runs: Vec<Run>,
+    /// Workers of all runs, each run's ascending.
+    holders: Vec<u32>,
 }
 
-/// Blocks of one expert that one worker runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Blocks of one expert that the same workers hold throughout.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) blocks: BlockRange,
-    pub(crate) worker: u32,
+    /// Where its workers are in `holders`.
+    holders: Range<usize>,
 }
 
 /// What one worker says it holds of one expert.
@@ -40,83 +44,126 @@ struct Holding {
 }
 
 impl Placement {
-    /// Gives each block of each expert of `config` to one of its holders: `held[w]` lists what worker `w` holds.
-    ///
-    /// Where several hold a block, it goes to the one with the fewest blocks of that layer so far, then of all layers
-    /// so far, then to the lower worker: replicas share the work of every layer, and the same `held` always gives the
-    /// same placement. Errors: a slice that the model does not have, a block that nobody holds.
+    /// The holders of each block of each expert of `config`: `held[w]` lists what worker `w` holds. The same `held` always
+    /// gives the same placement. Errors: a slice that the model does not have.
     pub fn new(config: &ModelConfig, num_blocks: usize, held: &[Vec<ExpertSlice>]) -> Result<Self, PlanError> {
         let end = u16::try_from(num_blocks).map_err(|_| PlanError::TooManyBlocks { num_blocks })?;
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts);
         let moe_layers = config.moe_layers();
         let holdings = Holdings::new(config, num_blocks, held)?;
 
-        let mut sharing = Sharing::new(held.len());
-        let mut missing: Vec<ExpertSlice> = Vec::new();
-        let mut runs: Vec<Run> = Vec::new();
-        let mut expert_runs = Vec::with_capacity(moe_layers.len() * num_experts);
-        for &layer in &moe_layers {
-            sharing.begin_layer();
-            for expert in (0..num_experts).map(|expert| ExpertId(expert as u16)) {
-                let start = runs.len();
-                let holders = holdings.of(layer, expert);
-                for blocks in elementary_runs(holders, end) {
-                    match sharing.choose(holders, blocks) {
-                        Some(worker) => push_run(&mut runs, start, Run { blocks, worker }),
-                        None => push_missing(&mut missing, ExpertSlice { layer, expert, blocks }),
-                    }
-                }
-                expert_runs.push(start..runs.len());
-            }
-        }
-        if let Some(&first) = missing.first() {
-            return Err(PlanError::Uncovered {
-                missing: first,
-                others: missing.len() - 1,
-            });
-        }
-        let mut moe_index = vec![None; config.layers.len()];
-        for (index, layer) in moe_layers.iter().enumerate() {
-            moe_index[layer.0 as usize] = Some(index);
-        }
-        Ok(Self {
+        let mut placement = Self {
             num_workers: held.len(),
             num_experts,
-            moe_index,
-            expert_runs,
-            runs,
-        })
+            num_blocks: end,
+            moe_index: vec![None; config.layers.len()],
+            expert_runs: Vec::with_capacity(moe_layers.len() * num_experts),
+            runs: Vec::new(),
+            holders: Vec::new(),
+        };
+        for (index, &layer) in moe_layers.iter().enumerate() {
+            placement.moe_index[layer.0 as usize] = Some(index);
+            for expert in (0..num_experts).map(|expert| ExpertId(expert as u16)) {
+                let start = placement.runs.len();
+                let of_expert = holdings.of(layer, expert);
+                for blocks in elementary_runs(of_expert, end) {
+                    placement.push_run(start, blocks, of_expert);
+                }
+                placement.expert_runs.push(start..placement.runs.len());
+            }
+        }
+        Ok(placement)
     }
 
-    /// Number of workers, those without work included.
+    /// Appends a run of the expert whose runs begin at `start`, joined to the one before if the same workers hold that.
+    fn push_run(&mut self, start: usize, blocks: BlockRange, of_expert: &[Holding]) {
+        let first = self.holders.len();
+        let able = of_expert.iter().filter(|holding| holding.slice.blocks.contains(blocks));
+        self.holders.extend(able.map(|holding| holding.worker));
+        if let Some(last) = self.runs[start..].last_mut()
+            && self.holders[last.holders.clone()] == self.holders[first..]
+        {
+            last.blocks.end = blocks.end;
+            self.holders.truncate(first);
+            return;
+        }
+        let holders = first..self.holders.len();
+        self.runs.push(Run { blocks, holders });
+    }
+
+    /// Number of workers, those that hold nothing included.
     pub fn num_workers(&self) -> usize {
         self.num_workers
     }
 
-    /// What worker `worker` runs, sorted: at most what it holds.
-    pub fn slices_of(&self, worker: usize) -> Vec<ExpertSlice> {
-        let layers = (0..)
-            .map(LayerId)
-            .zip(&self.moe_index)
-            .filter(|(_, moe_index)| moe_index.is_some());
-        layers
-            .flat_map(|(layer, _)| (0..self.num_experts).map(move |expert| (layer, ExpertId(expert as u16))))
-            .flat_map(|(layer, expert)| {
-                let runs = self
-                    .runs(layer, expert)
-                    .iter()
-                    .filter(|run| run.worker as usize == worker);
-                runs.map(move |run| ExpertSlice {
-                    layer,
-                    expert,
-                    blocks: run.blocks,
-                })
-            })
-            .collect()
+    /// Combine blocks of an expert.
+    pub fn num_blocks(&self) -> u16 {
+        self.num_blocks
     }
 
-    /// Who runs the blocks of one expert, ascending by block. Panics if the layer has no such expert.
-    pub(crate) fn runs(&self, layer: LayerId, expert: ExpertId) -> &[Run] {
+    /// Runs of blocks for which no worker `may_run` says yes to is a holder, sorted.
+    pub fn uncovered(&self, mut may_run: impl FnMut(usize) -> bool) -> Vec<ExpertSlice> {
+        let mut missing: Vec<ExpertSlice> = Vec::new();
+        let layers = (0..).map(LayerId).zip(&self.moe_index);
+        for (layer, _) in layers.filter(|(_, moe_index)| moe_index.is_some()) {
+            for expert in (0..self.num_experts).map(|expert| ExpertId(expert as u16)) {
+                for run in self.runs(layer, expert) {
+                    if !self.holders(run).iter().any(|&worker| may_run(worker as usize)) {
+                        let blocks = run.blocks;
+                        push_missing(&mut missing, ExpertSlice { layer, expert, blocks });
+                    }
+                }
+            }
+        }
+        missing
+    }
+
+    /// That every block has a holder to which `may_run` says yes.
+    pub fn check_covered(&self, may_run: impl FnMut(usize) -> bool) -> Result<(), PlanError> {
+        match self.uncovered(may_run).as_slice() {
+            [] => Ok(()),
+            &[missing, ref others @ ..] => Err(PlanError::Uncovered {
+                missing,
+                others: others.len(),
+            }),
+        }
+    }
+
+    /// Workers that hold all of `slice`, ascending. None if the model has no such slice.
+    pub fn holders_of(&self, slice: ExpertSlice) -> Vec<usize> {
+        let has_layer = matches!(self.moe_index.get(slice.layer.0 as usize), Some(Some(_)));
+        if !has_layer || usize::from(slice.expert.0) >= self.num_experts || slice.blocks.end > self.num_blocks {
+            return Vec::new();
+        }
+        let mut common: Option<Vec<usize>> = None;
+        for run in self.runs(slice.layer, slice.expert) {
+            if run.blocks.first < slice.blocks.end && slice.blocks.first < run.blocks.end {
+                let holders = self.holders(run).iter().map(|&worker| worker as usize);
+                common = Some(match common {
+                    None => holders.collect(),
+                    Some(mut common) => {
+                        let here: Vec<usize> = holders.collect();
+                        common.retain(|worker| here.contains(worker));
+                        common
+                    }
+                });
+            }
+        }
+        common.unwrap_or_default()
+    }
+
+    /// Position of the first run of `layer` among all runs, and the number of its runs. Panics if it has no experts.
+    pub(crate) fn runs_of_layer(&self, layer: LayerId) -> Range<usize> {
+        let first = self.moe_index[layer.0 as usize].expect("the layer has experts") * self.num_experts;
+        match self.expert_runs.get(first..first + self.num_experts) {
+            Some([one, .., last]) => one.start..last.end,
+            Some([one]) => one.clone(),
+            _ => 0..0,
+        }
+    }
+
+    /// Where the runs of one expert are, ascending by block. Panics if the layer has no such expert.
+    pub(crate) fn run_range(&self, layer: LayerId, expert: ExpertId) -> Range<usize> {
         let moe_index = self.moe_index[layer.0 as usize].expect("the layer has experts");
         let expert = usize::from(expert.0);
         assert!(
@@ -124,7 +171,21 @@ impl Placement {
             "expert {expert} of {} routed to",
             self.num_experts
         );
-        &self.runs[self.expert_runs[moe_index * self.num_experts + expert].clone()]
+        self.expert_runs[moe_index * self.num_experts + expert].clone()
+    }
+
+    /// One run, by its position among all runs.
+    pub(crate) fn run(&self, index: usize) -> &Run {
+        &self.runs[index]
+    }
+
+    /// The workers of a run, ascending.
+    pub(crate) fn holders(&self, run: &Run) -> &[u32] {
+        &self.holders[run.holders.clone()]
+    }
+
+    fn runs(&self, layer: LayerId, expert: ExpertId) -> &[Run] {
+        &self.runs[self.run_range(layer, expert)]
     }
 }
 
@@ -171,38 +232,6 @@ impl Holdings {
     }
 }
 
-/// Blocks given to each worker so far.
-struct Sharing {
-    of_layer: Vec<u64>,
-    in_all: Vec<u64>,
-}
-
-impl Sharing {
-    fn new(num_workers: usize) -> Self {
-        Self {
-            of_layer: vec![0; num_workers],
-            in_all: vec![0; num_workers],
-        }
-    }
-
-    fn begin_layer(&mut self) {
-        self.of_layer.fill(0);
-    }
-
-    /// Gives `blocks` to the holder of all of them that has least; `None` if nobody holds them.
-    fn choose(&mut self, holders: &[Holding], blocks: BlockRange) -> Option<u32> {
-        let able = holders
-            .iter()
-            .filter(|holding| holding.slice.blocks.contains(blocks))
-            .map(|holding| holding.worker);
-        let worker =
-            able.min_by_key(|&worker| (self.of_layer[worker as usize], self.in_all[worker as usize], worker))?;
-        self.of_layer[worker as usize] += blocks.len() as u64;
-        self.in_all[worker as usize] += blocks.len() as u64;
-        Some(worker)
-    }
-}
-
 /// `0..end` cut wherever some holding begins or ends, so that each piece has the same holders throughout.
 fn elementary_runs(holders: &[Holding], end: u16) -> Vec<BlockRange> {
     let mut borders: Vec<u16> = holders
@@ -219,14 +248,6 @@ fn elementary_runs(holders: &[Holding], end: u16) -> Vec<BlockRange> {
             end: pair[1],
         })
         .collect()
-}
-
-/// Appends a run of the expert whose runs begin at `start`, joined to the one before if the same worker runs that.
-fn push_run(runs: &mut Vec<Run>, start: usize, run: Run) {
-    match runs[start..].last_mut() {
-        Some(last) if last.worker == run.worker => last.blocks.end = run.blocks.end,
-        _ => runs.push(run),
-    }
 }
 
 fn push_missing(missing: &mut Vec<ExpertSlice>, slice: ExpertSlice) {

@@ -11,7 +11,7 @@ use std::{
 
 use moerun_kernels::{Activations, flush_denormals};
 use moerun_model::ExpertError;
-use moerun_proto::{ExecuteFailure, ExecuteWork, encode_failure, encode_response, v1};
+use moerun_proto::{ExecuteFailure, ExecuteWork, encode_failure, encode_response, seal_answer, v1};
 use moerun_routing::{Assignment, PartialSums};
 use tokio::sync::{mpsc::OwnedPermit, watch};
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,29 @@ use crate::queue::{JobReceiver, JobSender, NotQueued, job_queue};
 pub(crate) type RunExperts = Box<dyn FnMut(&ExecuteWork) -> Result<PartialSums, ExpertError> + Send>;
 
 /// Room for one answer on the stream that asked: the compute thread never waits for a slow reader.
-pub(crate) type ReplySlot = OwnedPermit<Result<v1::ExecuteResponse, Status>>;
+#[derive(Debug)]
+pub(crate) struct ReplySlot {
+    permit: OwnedPermit<Result<v1::ExecuteResponse, Status>>,
+    sealed: bool,
+}
+
+impl ReplySlot {
+    /// For the answer to `request`, which has a checksum if the request has.
+    pub(crate) fn new(permit: OwnedPermit<Result<v1::ExecuteResponse, Status>>, request: &v1::ExecuteRequest) -> Self {
+        Self {
+            permit,
+            sealed: request.checksum.is_some(),
+        }
+    }
+
+    /// Sends the answer.
+    pub(crate) fn send(self, mut response: v1::ExecuteResponse) {
+        if self.sealed {
+            seal_answer(&mut response);
+        }
+        self.permit.send(Ok(response));
+    }
+}
 
 /// A request, and where its answer goes.
 pub(crate) struct Job {
@@ -104,7 +126,7 @@ impl Compute {
             ),
         };
         self.outstanding.send_modify(|count| *count -= 1);
-        job.reply.send(Ok(encode_failure(job.work.request_id, failure)));
+        job.reply.send(encode_failure(job.work.request_id, failure));
     }
 
     /// Requests queued or being computed.
@@ -161,7 +183,7 @@ fn finish_together(jobs: Vec<Job>, run: &mut RunExperts, outstanding: &watch::Se
         return;
     }
     for (job, response) in together.into_iter().zip(answered) {
-        job.reply.send(Ok(response));
+        job.reply.send(response);
         outstanding.send_modify(|count| *count -= 1);
     }
     for job in rest {
@@ -193,7 +215,7 @@ fn as_one(jobs: &[Job]) -> ExecuteWork {
 fn finish(job: Job, run: &mut RunExperts, outstanding: &watch::Sender<usize>) {
     if !job.abandoned.is_cancelled() {
         let response = answer(&job, run);
-        job.reply.send(Ok(response));
+        job.reply.send(response);
     }
     outstanding.send_modify(|count| *count -= 1);
 }

@@ -9,7 +9,8 @@ use std::{
 
 use moerun_process::{Shutdown, spin_then_wait};
 use moerun_proto::{
-    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, speaks_same_major,
+    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, request_is_intact,
+    speaks_same_major,
     v1::{self, expert_service_server::ExpertService},
 };
 use tokio::sync::mpsc;
@@ -117,7 +118,7 @@ impl Experts {
             };
             match message {
                 Ok(Some(request)) => {
-                    self.take(&request, reply, &abandoned);
+                    self.take(&request, ReplySlot::new(reply, &request), &abandoned);
                     patience = self.patience; // where one layer asks, the next soon will
                 }
                 // The gateway has said all it wanted to; answers still go out.
@@ -136,8 +137,11 @@ impl Experts {
     fn take(&self, request: &v1::ExecuteRequest, reply: ReplySlot, abandoned: &CancellationToken) {
         let arrived = Instant::now();
         let refuse = |reply: ReplySlot, failure| {
-            reply.send(Ok(encode_failure(request.request_id, failure)));
+            reply.send(encode_failure(request.request_id, failure));
         };
+        if !request_is_intact(request) {
+            return refuse(reply, ExecuteFailure::Corrupted);
+        }
         if self.shutdown.is_draining() {
             return refuse(reply, ExecuteFailure::Draining);
         }
@@ -150,7 +154,7 @@ impl Experts {
             );
         };
         if !request.echo.is_empty() {
-            reply.send(Ok(encode_echo(request)));
+            reply.send(encode_echo(request));
             return;
         }
         match decode_request(request, &loaded.limits) {

@@ -37,6 +37,8 @@ const UNUSED: [(&str, &[&str]); 4] = [
             "max_batch_tokens",
             "prefix_cache",
             "speculate",
+            "on_expert_loss",
+            "canary_interval",
             "served_name",
         ],
     ),

@@ -9,6 +9,7 @@ use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
+use moerun_dispatch::OnExpertLoss;
 use moerun_process::{LogFormat, Spin};
 use moerun_types::{CombineMode, KvFormat, NumberFormat};
 use moerun_weights::Load;
@@ -99,6 +100,17 @@ pub(crate) struct ServingFlags {
     #[arg(long, value_name = "auto|on|off", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     spin: Option<Spin>,
+
+    /// What to do when all holders of an expert are gone: local (the gateway computes it from its own checkpoint, exact
+    /// and slower, where that has it) or fail (the request does) [default: local]
+    #[arg(long, value_name = "local|fail", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_expert_loss: Option<OnExpertLoss>,
+
+    /// How often each worker is asked with a known input, in seconds [default: 60]
+    #[arg(long, value_name = "SECONDS", help_heading = "Limits")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    canary_interval: Option<u64>,
 
     /// Name of the model in requests [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = "Model")]
@@ -219,6 +231,10 @@ pub(crate) struct Settings {
     pub(crate) speculate: usize,
     /// Whether threads that wait for another process spin first.
     pub(crate) spin: Spin,
+    /// When all holders of an expert are gone.
+    pub(crate) on_expert_loss: OnExpertLoss,
+    /// Seconds between known inputs to each worker.
+    pub(crate) canary_interval: u64,
     /// Name of the model in requests; `None` = the directory's name.
     pub(crate) served_name: Option<String>,
     /// `text` or `json`.
@@ -256,6 +272,8 @@ impl Default for Settings {
             prefix_cache: Switch::On,
             speculate: 0,
             spin: Spin::Auto,
+            on_expert_loss: OnExpertLoss::Local,
+            canary_interval: 60,
             served_name: None,
             log_format: LogFormat::Text,
             log_level: None,
@@ -319,11 +337,17 @@ impl Settings {
             ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),
             ("max_queue", Some(self.max_queue), 1, 1 << 20),
             ("speculate", Some(self.speculate), 0, 256),
+            ("canary_interval", usize::try_from(self.canary_interval).ok(), 1, 86_400),
         ];
         for (name, value, least, most) in bounded {
             if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {
                 return Err(format!("{name}: wanted {least} to {most}, found {value}"));
             }
+        }
+        if self.on_expert_loss == OnExpertLoss::Skip {
+            return Err(
+                "on_expert_loss: wanted local or fail, found skip: answers cannot be marked as degraded".to_owned(),
+            );
         }
         match self.combine_block {
             Some(block) if block % 8 != 0 => Err(format!("combine_block: wanted a multiple of 8, found {block}")),
@@ -372,6 +396,19 @@ mod tests {
         assert_eq!(settings.threads, Some(2));
         assert_eq!(settings.worker, ["a:1", "b:2"]);
         assert_eq!(settings.log_level.as_deref(), Some("debug"));
+    }
+
+    #[test]
+    fn experts_are_not_left_out_unmarked() {
+        let flags = |on_expert_loss| ServingFlags {
+            on_expert_loss: Some(on_expert_loss),
+            ..ServingFlags::default()
+        };
+        let load = |flags: &ServingFlags| Settings::load_with(flags, &RoleFlags::default(), |_| None);
+        let settings = load(&flags(OnExpertLoss::Fail)).unwrap();
+        assert_eq!(settings.on_expert_loss, OnExpertLoss::Fail);
+        let refused = load(&flags(OnExpertLoss::Skip)).unwrap_err().to_string();
+        assert!(refused.contains("wanted local or fail, found skip"), "{refused}");
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use moerun_dispatch::{
-    ExpertBackend, LocalExperts, LocalWorkers, LocalWorkersConfig, RemoteConfig, RemoteExperts, local_shards,
+    ExpertBackend, LocalConfig, LocalExperts, LocalWorkers, LocalWorkersConfig, RemoteConfig, RemoteExperts,
+    local_shards,
 };
 use moerun_engine::{Engine, EngineConfig};
 use moerun_gateway::{Gateway, GatewayParts, TextCodec};
@@ -24,6 +25,9 @@ const START_UP_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long worker processes that we started may take to end before they are killed.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Bytes of experts that the gateway keeps for lost workers where the system does not tell what is free.
+const FALLBACK_LOCAL_BYTES: u64 = 1 << 30;
 
 /// Contexts that the KV cache has room for unless told otherwise, memory permitting.
 const DEFAULT_CONTEXTS: u64 = 16;
@@ -150,6 +154,12 @@ impl Experts {
                 };
                 let remote = RemoteConfig {
                     startup_timeout: START_UP_TIMEOUT,
+                    on_expert_loss: settings.on_expert_loss,
+                    local: Some(LocalConfig {
+                        pool: Arc::clone(&pool),
+                        max_bytes: available_memory_bytes().map_or(FALLBACK_LOCAL_BYTES, |bytes| bytes / 4),
+                    }),
+                    canary_interval: Duration::from_secs(settings.canary_interval),
                     patience: settings
                         .spin
                         .patience(computing_threads(settings, &addresses), available_threads()),

@@ -3,7 +3,8 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use moerun_dispatch::{DispatchError, ExpertBackend, ExpertRequest, LocalExperts, RemoteConfig, RemoteExperts};
@@ -120,7 +121,7 @@ pub(crate) fn request(
 
 pub(crate) fn run(experts: &dyn ExpertBackend, request: &ExpertRequest) -> Result<Vec<u32>, DispatchError> {
     let combined = experts.submit(request.clone())?.wait()?;
-    Ok(combined.iter().map(|value| value.to_bits()).collect())
+    Ok(combined.hidden_states.iter().map(|value| value.to_bits()).collect())
 }
 
 pub(crate) fn connect(
@@ -129,4 +130,16 @@ pub(crate) fn connect(
     numerics: Numerics,
 ) -> Result<RemoteExperts, DispatchError> {
     RemoteExperts::connect(config(workers), Arc::clone(checkpoint), numerics)
+}
+
+/// Whether something becomes so within a few seconds.
+pub(crate) fn wait_for(condition: impl Fn() -> bool) -> bool {
+    let until = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < until {
+        if condition() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    false
 }

@@ -50,7 +50,8 @@ fn any_number_of_workers_gives_the_bits_of_local_experts() {
                     .map(|request| remote.submit(request.clone()).unwrap())
                     .collect();
                 for ((pending, wanted), request) in pending.into_iter().zip(&wanted).zip(&requests) {
-                    let found: Vec<u32> = pending.wait().unwrap().iter().map(|value| value.to_bits()).collect();
+                    let combined = pending.wait().unwrap().hidden_states;
+                    let found: Vec<u32> = combined.iter().map(|value| value.to_bits()).collect();
                     let case = format!(
                         "{family:?} {format} {count} workers, sliced {sliced}, layer {}",
                         request.layer

@@ -1,9 +1,6 @@
 //! Workers that go away, stay silent or talk nonsense.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use moerun_dispatch::{DispatchError, RemoteConfig, RemoteExperts};
 use moerun_proto::{ExecuteFailure, encode_failure, v1};
@@ -12,7 +9,7 @@ use moerun_types::{ExpertId, NumberFormat};
 use moerun_weights::Needs;
 
 use crate::{
-    cluster::{config, connect, golden, local, numerics, open, request, run, start, start_all},
+    cluster::{config, connect, golden, local, numerics, open, request, run, start, start_all, wait_for},
     puppet::{Act, Puppet},
 };
 
@@ -94,7 +91,7 @@ fn an_answer_that_nobody_asked_for_ends_the_connection() {
     });
     assert_eq!(
         error.to_string(),
-        format!("worker {worker} is gone: it answered request 2, which was never sent")
+        format!("worker {worker} is gone: it answered request 3, which was never sent")
     );
 }
 
@@ -246,15 +243,4 @@ fn a_gateway_that_ends_fails_what_it_waits_for() {
         format!("worker {} is gone: the gateway is stopping", puppet.address)
     );
     assert!(begun.elapsed() < Duration::from_secs(2));
-}
-
-fn wait_for(condition: impl Fn() -> bool) -> bool {
-    let until = Instant::now() + Duration::from_secs(5);
-    while Instant::now() < until {
-        if condition() {
-            return true;
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-    false
 }

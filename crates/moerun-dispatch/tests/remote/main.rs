@@ -5,5 +5,7 @@
 mod admission;
 mod cluster;
 mod equality;
+mod failover;
 mod faults;
+mod members;
 mod puppet;

@@ -1,31 +1,51 @@
-//! A worker that says the right things of itself and then does what a test wants.
+//! A worker that says the right things of itself, answers the known input of its admission rightly, and then does what a
+//! test wants.
 
-use std::{net::SocketAddr, path::Path, pin::Pin, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::Path,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
+use moerun_kernels::CpuPool;
+use moerun_model::ExpertBank;
 use moerun_process::DataPlane;
 use moerun_proto::{
-    WorkerIdentity, encode_handshake,
+    ModelLimits, WorkerIdentity, decode_request, encode_echo, encode_handshake, encode_response, seal_answer,
     v1::{self, expert_service_server::ExpertService, expert_service_server::ExpertServiceServer},
 };
 use moerun_routing::ShardSpec;
 use moerun_types::Numerics;
 use moerun_weights::{Checkpoint, Needs};
 use moerun_worker::identify;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, server::TcpIncoming},
 };
 
-/// What the puppet does with a request: answers, stays silent, or ends the stream.
+/// What the puppet does with a request.
 #[derive(Debug)]
 pub(crate) enum Act {
-    /// Send this.
+    /// Sends this, with a checksum if the request has one.
     Answer(v1::ExecuteResponse),
-    /// Send nothing.
+    /// Answers rightly.
+    Right,
+    /// Answers rightly, when it is told to.
+    RightLater(Arc<Notify>),
+    /// Answers rightly but for this change, made before the checksum.
+    Wrong(fn(&mut v1::ExecuteResponse)),
+    /// Answers rightly, and this is changed on the way.
+    Corrupted(fn(&mut v1::ExecuteResponse)),
+    /// Sends nothing.
     Silence,
-    /// End the stream.
+    /// Ends the stream.
     Leave,
 }
 
@@ -34,12 +54,21 @@ type Script = Arc<dyn Fn(v1::ExecuteRequest) -> Act + Send + Sync>;
 /// The puppet; it ends when dropped.
 pub(crate) struct Puppet {
     pub(crate) address: SocketAddr,
+    requests: Arc<AtomicUsize>,
     _data_plane: DataPlane,
 }
 
 struct Service {
     identity: WorkerIdentity,
     script: Script,
+    holder: Arc<Holder>,
+    requests: Arc<AtomicUsize>,
+}
+
+struct Holder {
+    bank: ExpertBank,
+    pool: CpuPool,
+    limits: ModelLimits,
 }
 
 impl Puppet {
@@ -49,16 +78,36 @@ impl Puppet {
         numerics: Numerics,
         script: impl Fn(v1::ExecuteRequest) -> Act + Send + Sync + 'static,
     ) -> Self {
+        Self::start_as(dir, numerics, &ShardSpec::All, |_| (), script)
+    }
+
+    /// A holder of `shard` that says of itself what `change` makes of the truth.
+    pub(crate) fn start_as(
+        dir: &Path,
+        numerics: Numerics,
+        shard: &ShardSpec,
+        change: impl FnOnce(&mut WorkerIdentity),
+        script: impl Fn(v1::ExecuteRequest) -> Act + Send + Sync + 'static,
+    ) -> Self {
         let checkpoint = Checkpoint::open(dir, Needs::All).unwrap();
-        let slices = ShardSpec::All.resolve(checkpoint.config(), &numerics).unwrap();
-        let identity = identify(&checkpoint, &slices, numerics, &mut |_, _| {}).unwrap();
+        let slices = shard.resolve(checkpoint.config(), &numerics).unwrap();
+        let mut identity = identify(&checkpoint, &slices, numerics, &mut |_, _| {}).unwrap();
+        change(&mut identity);
+        let holder = Holder {
+            bank: ExpertBank::load(&checkpoint, &slices, numerics, &mut |_, _| {}).unwrap(),
+            pool: CpuPool::new(1),
+            limits: ModelLimits::new(checkpoint.config(), numerics),
+        };
         let data_plane = DataPlane::start("puppet").unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
+        let requests = Arc::new(AtomicUsize::new(0));
         let service = Service {
             identity,
             script: Arc::new(script),
+            holder: Arc::new(holder),
+            requests: Arc::clone(&requests),
         };
         data_plane.handle().spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
@@ -71,8 +120,24 @@ impl Puppet {
         });
         Self {
             address,
+            requests,
             _data_plane: data_plane,
         }
+    }
+
+    /// Requests for experts so far, without those of admissions.
+    pub(crate) fn requests(&self) -> usize {
+        self.requests.load(SeqCst)
+    }
+}
+
+impl Holder {
+    fn right(&self, request: &v1::ExecuteRequest) -> v1::ExecuteResponse {
+        let work = decode_request(request, &self.limits).unwrap();
+        let sums = self
+            .bank
+            .execute(&self.pool, work.layer, &work.activations, &work.assignments);
+        encode_response(request.request_id, &sums.unwrap(), Duration::ZERO, Duration::ZERO)
     }
 }
 
@@ -92,13 +157,54 @@ impl ExpertService for Service {
         request: Request<Streaming<v1::ExecuteRequest>>,
     ) -> Result<Response<Self::ExecuteStream>, Status> {
         let (replies, receiver) = mpsc::channel(8);
-        let (mut requests, script) = (request.into_inner(), Arc::clone(&self.script));
+        let (mut requests, script, holder) = (request.into_inner(), Arc::clone(&self.script), Arc::clone(&self.holder));
+        let count = Arc::clone(&self.requests);
         tokio::spawn(async move {
+            let mut is_admission = true;
             while let Ok(Some(request)) = requests.message().await {
-                match script(request) {
-                    Act::Answer(response) => replies.send(Ok(response)).await.unwrap(),
-                    Act::Silence => {}
+                let sealed = request.checksum.is_some();
+                let seal = |mut response: v1::ExecuteResponse| {
+                    if sealed {
+                        seal_answer(&mut response);
+                    }
+                    response
+                };
+                let act = if std::mem::take(&mut is_admission) {
+                    Act::Right
+                } else {
+                    count.fetch_add(usize::from(request.echo.is_empty()), SeqCst);
+                    script(request.clone())
+                };
+                let right = || match request.echo.is_empty() {
+                    true => holder.right(&request),
+                    false => encode_echo(&request),
+                };
+                let response = match act {
+                    Act::Answer(response) => seal(response),
+                    Act::Right => seal(right()),
+                    Act::RightLater(told) => {
+                        let (response, replies) = (seal(right()), replies.clone());
+                        tokio::spawn(async move {
+                            told.notified().await;
+                            let _ = replies.send(Ok(response)).await;
+                        });
+                        continue;
+                    }
+                    Act::Wrong(change) => {
+                        let mut response = right();
+                        change(&mut response);
+                        seal(response)
+                    }
+                    Act::Corrupted(change) => {
+                        let mut response = seal(right());
+                        change(&mut response);
+                        response
+                    }
+                    Act::Silence => continue,
                     Act::Leave => return,
+                };
+                if replies.send(Ok(response)).await.is_err() {
+                    return;
                 }
             }
         });

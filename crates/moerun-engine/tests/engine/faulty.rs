@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use moerun_dispatch::{DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
+use moerun_dispatch::{Combined, DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
 use moerun_model::ExpertError;
 use moerun_types::LayerId;
-use ndarray::Array2;
 use parking_lot::{Condvar, Mutex};
 
 use crate::fixture::PATIENCE;
@@ -57,7 +56,7 @@ impl State {
 struct PanicsInWait;
 
 impl PendingExperts for PanicsInWait {
-    fn wait(self: Box<Self>) -> Result<Array2<f32>, DispatchError> {
+    fn wait(self: Box<Self>) -> Result<Combined, DispatchError> {
         panic!("the fake was told to panic");
     }
 }

@@ -180,7 +180,10 @@ impl Fixture {
             activations: input.activations,
             routing: input.routing.clone(),
         });
-        let combined = pending.and_then(|pending| pending.wait()).expect("local experts");
+        let combined = pending
+            .and_then(|pending| pending.wait())
+            .expect("local experts")
+            .hidden_states;
         (self.model.moe_output(combined, shared), input.routing)
     }
 

@@ -173,6 +173,12 @@ impl<'a> Refusal<'a> {
             DispatchError::WorkerGone { worker, .. } | DispatchError::WorkerDown { worker, .. } => {
                 elsewhere("WORKER_GONE", worker)
             }
+            DispatchError::ExpertUnavailable { layer, expert, .. } => {
+                Refusal::new("EXPERT_UNAVAILABLE", Kind::TryAgain(Code::Unavailable, RETRY_ELSEWHERE))
+                    .with("layer", layer)
+                    .with("expert", expert)
+            }
+            DispatchError::Corrupted { worker, layer, .. } => elsewhere("CORRUPTED", worker).with("layer", layer),
             DispatchError::Draining { worker, .. } => elsewhere("WORKER_STOPPING", worker),
             DispatchError::NotHeld {
                 worker, layer, expert, ..

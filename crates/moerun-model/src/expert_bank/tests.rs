@@ -93,8 +93,10 @@ impl Golden {
         let placement = Placement::new(self.checkpoint.config(), self.num_blocks(numerics), &held).unwrap();
         let x = self.activations(numerics);
         let mut sums = PartialSums::zeros(numerics.combine, x.rows(), x.cols());
-        let batches = placement.plan_layer(self.layer, &self.routing);
-        for part in batches.into_iter().flat_map(|batch| batch.split(7)) {
+        let work = whole_assignments(&self.routing, self.num_blocks(numerics));
+        let plan = placement.plan_layer(self.layer, &work, &mut |run| run.holders.first().map(|&it| it as usize));
+        assert_eq!(plan.unheld, []);
+        for part in plan.batches.into_iter().flat_map(|batch| batch.split(7)) {
             let bank = &banks[part.worker];
             let answer = bank
                 .execute(&pool(), self.layer, &x.select_rows(&part.rows), &part.assignments)

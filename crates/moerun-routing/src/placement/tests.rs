@@ -21,7 +21,7 @@ fn whole(num_experts: u16, held: impl Fn(u16) -> bool) -> Vec<ExpertSlice> {
 }
 
 #[test]
-fn every_block_has_exactly_one_runner_and_it_holds_the_block() {
+fn every_block_has_exactly_the_workers_that_hold_it() {
     for seed in 0..300 {
         let mut random = Seeded::new(seed);
         let moe_layers: Vec<bool> = (0..random.between(1, 4)).map(|_| random.chance(70)).collect();
@@ -31,7 +31,7 @@ fn every_block_has_exactly_one_runner_and_it_holds_the_block() {
         for layer in config.moe_layers() {
             for expert in (0..num_experts).map(|expert| ExpertId(expert as u16)) {
                 for block in 0..num_blocks as u16 {
-                    for _ in 0..random.between(1, 3) {
+                    for _ in 0..random.below(4) {
                         let holder = random.below(held.len());
                         let first = block.saturating_sub(random.below(3) as u16);
                         held[holder].push(ExpertSlice {
@@ -47,58 +47,44 @@ fn every_block_has_exactly_one_runner_and_it_holds_the_block() {
 
         let placement = Placement::new(&config, num_blocks, &held).unwrap();
         assert_eq!(placement.num_workers(), held.len());
-        let mut runners = std::collections::HashMap::new();
-        for (worker, slices) in held.iter().enumerate() {
-            for run in placement.slices_of(worker) {
-                for block in run.blocks.first..run.blocks.end {
-                    let one = BlockRange {
-                        first: block,
-                        end: block + 1,
+        let missing = placement.uncovered(|_| true);
+        assert_eq!(
+            placement.check_covered(|_| true).is_ok(),
+            missing.is_empty(),
+            "seed {seed}"
+        );
+        for layer in config.moe_layers() {
+            for expert in (0..num_experts).map(|expert| ExpertId(expert as u16)) {
+                for first in 0..num_blocks as u16 {
+                    let blocks = BlockRange { first, end: first + 1 };
+                    let holds = |slices: &&Vec<ExpertSlice>| {
+                        let same = |held: &&ExpertSlice| (held.layer, held.expert) == (layer, expert);
+                        slices.iter().filter(same).any(|held| held.blocks.contains(blocks))
                     };
-                    let holds = slices
+                    let wanted: Vec<usize> = (0..held.len()).filter(|&worker| holds(&&held[worker])).collect();
+                    let one = ExpertSlice { layer, expert, blocks };
+                    assert_eq!(placement.holders_of(one), wanted, "seed {seed}: {one}");
+                    let is_missing = missing
                         .iter()
-                        .any(|held| (held.layer, held.expert) == (run.layer, run.expert) && held.blocks.contains(one));
-                    assert!(
-                        holds,
-                        "seed {seed}: worker {worker} runs {run} and does not hold block {block}"
-                    );
-                    let before = runners.insert((run.layer, run.expert, block), worker);
-                    assert_eq!(before, None, "seed {seed}: {run} block {block} has two runners");
+                        .any(|slice| (slice.layer, slice.expert) == (layer, expert) && slice.blocks.contains(blocks));
+                    assert_eq!(is_missing, wanted.is_empty(), "seed {seed}: {one}");
                 }
             }
         }
-        assert_eq!(
-            runners.len(),
-            config.moe_layers().len() * num_experts * num_blocks,
-            "seed {seed}"
-        );
     }
 }
 
 #[test]
-fn replicas_share_every_layer() {
-    let config = model(&[true, true], 8, 24);
-    // Two pairs of replicas: even experts on 0 and 2, odd ones on 1 and 3.
-    let held: Vec<_> = (0..4)
-        .map(|worker| whole(8, |expert| expert % 2 == worker % 2))
-        .collect();
+fn blocks_are_covered_only_by_workers_that_may_run() {
+    let config = model(&[true, true], 4, 24);
+    let held = [whole(4, |expert| expert < 3), whole(4, |expert| expert > 0)];
     let placement = Placement::new(&config, 3, &held).unwrap();
-    for worker in 0..4 {
-        let runs = placement.slices_of(worker);
-        for layer in 0..2 {
-            let of_layer = runs.iter().filter(|run| run.layer.0 == layer).count();
-            assert_eq!(of_layer, 2, "worker {worker}, layer {layer}: {runs:?}");
-        }
-    }
-}
-
-#[test]
-fn an_odd_expert_of_each_layer_does_not_always_go_to_the_same_replica() {
-    let config = model(&[true, true], 1, 24);
-    let held = [whole(1, |_| true), whole(1, |_| true)];
-    let placement = Placement::new(&config, 3, &held).unwrap();
-    assert_eq!(placement.slices_of(0), [slice(0, 0, 0, 3)]);
-    assert_eq!(placement.slices_of(1), [slice(1, 0, 0, 3)]);
+    placement.check_covered(|_| true).unwrap();
+    let missing = |worker| placement.uncovered(|it| it == worker);
+    assert_eq!(missing(0), [slice(0, 3, 0, 3), slice(1, 3, 0, 3)]);
+    assert_eq!(missing(1), [slice(0, 0, 0, 3), slice(1, 0, 0, 3)]);
+    assert_eq!(placement.holders_of(slice(0, 1, 1, 2)), [0, 1]);
+    assert_eq!(placement.holders_of(slice(2, 1, 1, 2)), [0usize; 0], "no such layer");
 }
 
 #[test]
@@ -108,7 +94,10 @@ fn what_nobody_holds_is_named_and_counted() {
         whole(3, |expert| expert != 1),
         vec![slice(0, 1, 0, 1), slice(0, 1, 2, 3), slice(1, 1, 0, 2)],
     ];
-    let refused = Placement::new(&config, 3, &held).unwrap_err();
+    let refused = Placement::new(&config, 3, &held)
+        .unwrap()
+        .check_covered(|_| true)
+        .unwrap_err();
     assert_eq!(
         refused,
         PlanError::Uncovered {
@@ -121,7 +110,10 @@ fn what_nobody_holds_is_named_and_counted() {
         "no worker holds layer 0 expert 1 blocks 1..2 (and 1 more slices)"
     );
     assert_eq!(
-        Placement::new(&config, 3, &[]).unwrap_err(),
+        Placement::new(&config, 3, &[])
+            .unwrap()
+            .check_covered(|_| true)
+            .unwrap_err(),
         PlanError::Uncovered {
             missing: slice(0, 0, 0, 3),
             others: 5

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, LayerId};
 
-use super::{Assignment, WorkerBatch, whole_assignments};
+use super::{Assignment, Candidates, WorkerBatch, whole_assignments};
 use crate::testing::{Seeded, model};
 use crate::{Placement, Routing};
 
@@ -28,12 +28,14 @@ impl PlanCase {
                     first: blocks.start,
                     end: blocks.end,
                 };
-                let holder = random.below(held.len());
-                held[holder].push(ExpertSlice {
-                    layer: LAYER,
-                    expert,
-                    blocks,
-                });
+                for _ in 0..random.between(1, 3) {
+                    let holder = random.below(held.len());
+                    held[holder].push(ExpertSlice {
+                        layer: LAYER,
+                        expert,
+                        blocks,
+                    });
+                }
             }
         }
         let placement = Placement::new(&model(&[false, true], num_experts, num_blocks * 8), num_blocks, &held).unwrap();
@@ -55,6 +57,12 @@ impl PlanCase {
             num_blocks,
         }
     }
+}
+
+/// Some holder of each run, by the seed.
+fn any_holder(seed: u64) -> impl FnMut(Candidates<'_>) -> Option<usize> {
+    let mut random = Seeded::new(seed);
+    move |run| Some(run.holders[random.below(run.holders.len())] as usize)
 }
 
 /// How often each (row, expert, block) is run, and with which weight.
@@ -89,21 +97,23 @@ fn assert_well_formed(batch: &WorkerBatch, seed: u64) {
 }
 
 #[test]
-fn every_block_of_every_choice_is_run_once() {
+fn every_block_of_every_choice_is_run_once_by_a_holder() {
     for seed in 0..300 {
         let PlanCase {
             placement,
             routing,
             num_blocks,
         } = PlanCase::from_seed(seed);
-        let batches = placement.plan_layer(LAYER, &routing);
+        let all = whole_assignments(&routing, num_blocks);
+        let plan = placement.plan_layer(LAYER, &all, &mut any_holder(seed));
+        assert_eq!(plan.unheld, [], "seed {seed}");
+        let batches = plan.batches;
         assert!(
             batches.is_sorted_by(|a, b| a.worker < b.worker),
             "seed {seed}: one batch per worker, ascending"
         );
         batches.iter().for_each(|batch| assert_well_formed(batch, seed));
         for batch in &batches {
-            let held = placement.slices_of(batch.worker);
             for assignment in &batch.assignments {
                 let slice = ExpertSlice {
                     layer: LAYER,
@@ -111,7 +121,7 @@ fn every_block_of_every_choice_is_run_once() {
                     blocks: assignment.blocks,
                 };
                 assert!(
-                    held.contains(&slice),
+                    placement.holders_of(slice).contains(&batch.worker),
                     "seed {seed}: {slice} sent to worker {}",
                     batch.worker
                 );
@@ -120,7 +130,7 @@ fn every_block_of_every_choice_is_run_once() {
         let whole = WorkerBatch {
             worker: 0,
             rows: (0..routing.tokens() as u32).collect(),
-            assignments: whole_assignments(&routing, num_blocks),
+            assignments: all,
         };
         let wanted = work(&[whole]);
         assert!(wanted.values().all(|weights| weights.len() == 1), "seed {seed}");
@@ -130,10 +140,72 @@ fn every_block_of_every_choice_is_run_once() {
 }
 
 #[test]
+fn the_work_of_one_batch_can_be_given_to_others_and_what_nobody_takes_is_told() {
+    for seed in 0..300 {
+        let PlanCase {
+            placement,
+            routing,
+            num_blocks,
+        } = PlanCase::from_seed(seed);
+        let all = whole_assignments(&routing, num_blocks);
+        for failed in placement.plan_layer(LAYER, &all, &mut any_holder(seed)).batches {
+            let others = |run: Candidates<'_>| {
+                let mut holders = run.holders.iter().map(|&worker| worker as usize);
+                holders.find(|&worker| worker != failed.worker)
+            };
+            let again = placement.plan_layer(LAYER, &failed.work(), &mut { others });
+            assert!(again.batches.iter().all(|batch| batch.worker != failed.worker));
+            let left = WorkerBatch {
+                worker: failed.worker,
+                rows: (0..routing.tokens() as u32).collect(),
+                assignments: again.unheld,
+            };
+            for lost in &left.assignments {
+                let slice = ExpertSlice {
+                    layer: LAYER,
+                    expert: lost.expert,
+                    blocks: BlockRange {
+                        first: lost.blocks.first,
+                        end: lost.blocks.first + 1,
+                    },
+                };
+                assert_eq!(placement.holders_of(slice), [failed.worker], "seed {seed}: {slice}");
+            }
+            let found: Vec<WorkerBatch> = again.batches.into_iter().chain([left]).collect();
+            assert_eq!(work(&found), work(&[failed]), "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn runs_are_chosen_once_each_those_with_most_rows_first() {
+    for seed in 0..100 {
+        let PlanCase {
+            placement,
+            routing,
+            num_blocks,
+        } = PlanCase::from_seed(seed);
+        let mut asked = Vec::new();
+        placement.plan_layer(LAYER, &whole_assignments(&routing, num_blocks), &mut |run| {
+            asked.push(run.rows);
+            Some(run.holders[0] as usize)
+        });
+        assert!(asked.is_sorted_by(|a, b| a >= b), "seed {seed}: {asked:?}");
+        let runs = placement.runs_of_layer(LAYER).len();
+        assert!(!asked.is_empty() && asked.len() <= runs, "seed {seed}: {asked:?}");
+    }
+}
+
+#[test]
 fn a_split_batch_is_the_same_work_in_bounded_parts() {
     for seed in 0..300 {
-        let PlanCase { placement, routing, .. } = PlanCase::from_seed(seed);
-        for batch in placement.plan_layer(LAYER, &routing) {
+        let PlanCase {
+            placement,
+            routing,
+            num_blocks,
+        } = PlanCase::from_seed(seed);
+        let all = whole_assignments(&routing, num_blocks);
+        for batch in placement.plan_layer(LAYER, &all, &mut any_holder(seed)).batches {
             for max_rows in [0, 1, 2, 3, batch.rows.len(), usize::MAX] {
                 let parts = batch.clone().split(max_rows);
                 for part in &parts {

@@ -594,3 +594,28 @@ fn reflection_lists_what_is_served() {
     let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
     assert_eq!(names, ["moerun.v1.ExpertService", "grpc.health.v1.Health"]);
 }
+
+#[test]
+fn a_request_with_a_checksum_gets_an_answer_with_one_and_a_corrupted_one_is_refused() {
+    let (worker, _gate) = worker(8);
+    let mut gateway = Gateway::connect(&worker);
+    gateway.send(request(1, 0));
+    let plain = gateway.receive_raw().unwrap();
+    assert_eq!(
+        (plain.status, plain.checksum),
+        (v1::ExecuteStatus::Ok.into(), None),
+        "an older gateway"
+    );
+    let mut sealed = request(2, 0);
+    moerun_proto::seal_request(&mut sealed);
+    gateway.send(sealed.clone());
+    assert!(moerun_proto::answer_is_intact(&gateway.receive_raw().unwrap()));
+    let mut rows = sealed.hidden_states.to_vec();
+    rows[0] ^= 0x40;
+    sealed.hidden_states = rows.into();
+    sealed.request_id = 3;
+    gateway.send(sealed);
+    let refused = gateway.receive_raw().unwrap();
+    assert_eq!(refused.status, i32::from(v1::ExecuteStatus::Corrupted));
+    assert!(moerun_proto::answer_is_intact(&refused));
+}

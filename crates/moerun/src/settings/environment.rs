@@ -17,7 +17,7 @@ enum Form {
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 23] = [
+const VARIABLES: [(&str, &str, Form); 25] = [
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
@@ -31,6 +31,8 @@ const VARIABLES: [(&str, &str, Form); 23] = [
     ("MOERUN_PREFIX_CACHE", "prefix_cache", Form::Text),
     ("MOERUN_SPECULATE", "speculate", Form::Number),
     ("MOERUN_SPIN", "spin", Form::Text),
+    ("MOERUN_ON_EXPERT_LOSS", "on_expert_loss", Form::Text),
+    ("MOERUN_CANARY_INTERVAL", "canary_interval", Form::Number),
     ("MOERUN_SERVED_NAME", "served_name", Form::Text),
     ("MOERUN_LOG_FORMAT", "log_format", Form::Text),
     ("MOERUN_LOG", "log_level", Form::Text),

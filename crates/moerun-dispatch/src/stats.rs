@@ -1,0 +1,192 @@
+//! What has happened so far, as plain numbers: [`DispatchStats`].
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
+/// Why a call to a worker failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FailureReason {
+    /// The connection ended before the answer.
+    ConnectionLost,
+    /// It was given up as overdue.
+    Overdue,
+    /// Another holder, asked later, answered earlier.
+    LostToHedge,
+    /// The worker's queue was full, or that of its connection.
+    Overloaded,
+    /// The worker is stopping.
+    Draining,
+    /// Something that should not happen, in the worker.
+    Internal,
+    /// The worker does not hold what it said it holds.
+    NotHeld,
+    /// A term was not finite or too large for the exact combine.
+    TermOutOfRange,
+    /// The request arrived corrupted.
+    CorruptedRequest,
+    /// The answer's checksum does not fit.
+    CorruptedAnswer,
+    /// The answer cannot be what it says it is.
+    Malformed,
+    /// The worker says that the request does not fit its model.
+    Invalid,
+}
+
+impl FailureReason {
+    /// All of them.
+    pub const ALL: [FailureReason; 12] = [
+        FailureReason::ConnectionLost,
+        FailureReason::Overdue,
+        FailureReason::LostToHedge,
+        FailureReason::Overloaded,
+        FailureReason::Draining,
+        FailureReason::Internal,
+        FailureReason::NotHeld,
+        FailureReason::TermOutOfRange,
+        FailureReason::CorruptedRequest,
+        FailureReason::CorruptedAnswer,
+        FailureReason::Malformed,
+        FailureReason::Invalid,
+    ];
+
+    /// Whether it tells something about the worker; else it may be the rows' own fault, and they must not get a worker
+    /// ejected.
+    pub(crate) fn is_the_workers(self) -> bool {
+        !matches!(self, FailureReason::TermOutOfRange | FailureReason::Invalid)
+    }
+
+    /// In snake case, as metrics and logs name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            FailureReason::ConnectionLost => "connection_lost",
+            FailureReason::Overdue => "overdue",
+            FailureReason::LostToHedge => "lost_to_hedge",
+            FailureReason::Overloaded => "overloaded",
+            FailureReason::Draining => "draining",
+            FailureReason::Internal => "internal",
+            FailureReason::NotHeld => "not_held",
+            FailureReason::TermOutOfRange => "term_out_of_range",
+            FailureReason::CorruptedRequest => "corrupted_request",
+            FailureReason::CorruptedAnswer => "corrupted_answer",
+            FailureReason::Malformed => "malformed",
+            FailureReason::Invalid => "invalid",
+        }
+    }
+}
+
+/// Counters of everything since the start, and gauges of now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DispatchStats {
+    /// Of the plan that new dispatches take; it grows with each change of the members.
+    pub plan_epoch: u64,
+    /// Each worker, in the order given.
+    pub workers: Vec<WorkerStats>,
+    /// Layers dispatched.
+    pub dispatches: u64,
+    /// Messages sent for the first time.
+    pub calls: u64,
+    /// Messages sent again because a call failed.
+    pub retries: u64,
+    /// Rows in them.
+    pub retried_rows: u64,
+    /// Messages sent to a second holder because the first took long.
+    pub hedges: u64,
+    /// Hedges whose answer came first.
+    pub hedges_won: u64,
+    /// Times that a retry was not allowed by its budget.
+    pub retry_budget_exhausted: u64,
+    /// Experts on rows that this process computed for want of a holder.
+    pub local_assignments: u64,
+    /// Experts on rows that were left out for want of a holder.
+    pub skipped_assignments: u64,
+    /// Known inputs whose answers were compared.
+    pub canaries: u64,
+    /// Those whose answers were wrong.
+    pub canary_failures: u64,
+}
+
+/// One worker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerStats {
+    /// Its address.
+    pub address: String,
+    /// Why it is down, if it is.
+    pub down: Option<String>,
+    /// Whether it owes an overdue answer.
+    pub suspect: bool,
+    /// Whether it is ejected for now.
+    pub ejected: bool,
+    /// Messages sent to it, hedges and retries included.
+    pub calls: u64,
+    /// Calls that failed, by reason; those without any are left out.
+    pub failures: Vec<(FailureReason, u64)>,
+    /// Answers that nobody waited for any more.
+    pub late_answers: u64,
+    /// Times it was ejected.
+    pub ejections: u64,
+    /// Times it became suspect.
+    pub suspicions: u64,
+    /// Known inputs that it answered wrongly.
+    pub canary_failures: u64,
+    /// Experts on rows that it was asked for and has not answered.
+    pub assignments_in_flight: u64,
+    /// Average latency of small calls (up to 16 assignments), rising at once and falling slowly.
+    pub ewma: Option<Duration>,
+    /// Median of the latest small calls.
+    pub p50: Option<Duration>,
+    /// 95th percentile of the latest small calls.
+    pub p95: Option<Duration>,
+}
+
+impl WorkerStats {
+    /// Calls that failed for `reason`.
+    pub fn failures_by(&self, reason: FailureReason) -> u64 {
+        self.failures
+            .iter()
+            .find(|(other, _)| *other == reason)
+            .map_or(0, |&(_, count)| count)
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, count: usize) {
+        self.0.fetch_add(count as u64, Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// Counters of all dispatches together.
+#[derive(Debug, Default)]
+pub(crate) struct Totals {
+    pub(crate) dispatches: Counter,
+    pub(crate) calls: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) retried_rows: Counter,
+    pub(crate) hedges: Counter,
+    pub(crate) hedges_won: Counter,
+    pub(crate) retry_budget_exhausted: Counter,
+    pub(crate) local_assignments: Counter,
+    pub(crate) skipped_assignments: Counter,
+    pub(crate) canaries: Counter,
+    pub(crate) canary_failures: Counter,
+}
+
+/// Counters of one worker.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerCounters {
+    pub(crate) calls: Counter,
+    pub(crate) failures: [Counter; FailureReason::ALL.len()],
+    pub(crate) late_answers: Counter,
+    pub(crate) ejections: Counter,
+    pub(crate) suspicions: Counter,
+    pub(crate) canary_failures: Counter,
+}
