@@ -3,6 +3,8 @@
 //! It does not know who drives it: [`Dispatch::begin`] and [`Dispatch::flush`] never wait, [`Dispatch::advance`] waits for
 //! answers and for tokio's time. The sockets are moved by whoever runs the runtime.
 
+mod answer;
+mod clock;
 mod failure;
 mod hedge;
 mod resort;
@@ -16,10 +18,7 @@ use std::{
 
 use moerun_kernels::Activations;
 use moerun_process::spin_then_wait;
-use moerun_proto::{
-    MAX_EXECUTE_BYTES, answer_is_intact, decode_response, encode_request, request_cost_bytes, seal_request,
-    speaks_checksums, v1,
-};
+use moerun_proto::{MAX_EXECUTE_BYTES, encode_request, request_cost_bytes, seal_request, speaks_checksums, v1};
 use moerun_routing::{Assignment, PartialSums, Routing, WorkerBatch, whole_assignments};
 use moerun_types::{ExpertId, LayerId};
 use tokio::{
@@ -41,10 +40,6 @@ use unit::{Call, Role, State, Unit};
 
 /// Most messages that carry one row's work, one after another.
 const MAX_ATTEMPTS: u32 = 3;
-/// How soon a queue that was full is looked at again.
-const QUEUE_RETRY: Duration = Duration::from_millis(1);
-/// How soon an overdue call is looked at again that could not be given up.
-const OVERDUE_RETRY: Duration = Duration::from_millis(100);
 
 /// One layer's dispatch under way.
 #[derive(Debug)]
@@ -343,80 +338,6 @@ impl Dispatch {
         self.begun + self.core.dispatch_deadline
     }
 
-    fn accept(&mut self, arrival: Arrival) -> Result<(), DispatchError> {
-        let call = &mut self.calls[arrival.call];
-        if !call.open {
-            return Ok(());
-        }
-        call.open = false;
-        let (unit, worker) = (call.unit, call.member.address().to_owned());
-        let answer = match arrival.outcome {
-            Err(reason) => Err(Failure::gone(worker, reason)),
-            Ok(response) => self.open_answer(arrival.call, &response),
-        };
-        let call = &self.calls[arrival.call];
-        match answer {
-            Ok(sums) => {
-                let from = arrival.previous.map_or(call.sent, |previous| previous.max(call.sent));
-                let took = arrival.at.saturating_duration_since(from);
-                call.member.succeeded(arrival.at, call.class, took, call.assignments);
-                self.answered(unit, sums)
-            }
-            Err(failure) => {
-                call.member.failed(arrival.at, failure.reason, call.assignments);
-                self.failed(unit, failure)
-            }
-        }
-    }
-
-    /// The partial sums in an answer, `[rows of the call, hidden]`, or what is wrong with it.
-    fn open_answer(&self, call: usize, response: &v1::ExecuteResponse) -> Result<PartialSums, Failure> {
-        let call = &self.calls[call];
-        let worker = || call.member.address().to_owned();
-        if call.sealed && !answer_is_intact(response) {
-            return Err(Failure::corrupted_answer(worker(), self.layer));
-        }
-        let (mode, rows) = (self.core.numerics.combine, self.units[call.unit].batch.rows.len());
-        let reply = decode_response(response, mode, rows, self.activations.cols())
-            .map_err(|source| Failure::malformed(worker(), source))?;
-        let sums = reply
-            .outcome
-            .map_err(|failure| Failure::of(worker(), self.layer, self.core.dispatch_deadline, failure))?;
-        match sums.first_not_finite() {
-            None => Ok(sums),
-            Some(value) => Err(Failure::malformed(
-                worker(),
-                moerun_proto::WireError::new("partial_sums", "finite sums", value),
-            )),
-        }
-    }
-
-    fn answered(&mut self, unit: usize, sums: PartialSums) -> Result<(), DispatchError> {
-        match self.units[unit].role {
-            Role::HedgeOf(first) => {
-                self.units[unit].state = State::Kept(sums);
-                self.settle_hedge(first)
-            }
-            Role::Own => {
-                self.abandon_hedges(unit);
-                self.close(unit);
-                let rows = std::mem::take(&mut self.units[unit].batch.rows);
-                self.add(&rows, &sums, "a worker")
-            }
-        }
-    }
-
-    /// Wrapping 64-bit sums: the order of arrival cannot change the text, so a reply is added as it comes.
-    fn add(&mut self, rows: &[u32], sums: &PartialSums, whose: &str) -> Result<(), DispatchError> {
-        self.sums.add_rows(rows, sums).map_err(|error| {
-            let wanted = format!("{} rows x {}", rows.len(), self.activations.cols());
-            DispatchError::Malformed {
-                worker: whose.to_owned(),
-                source: moerun_proto::WireError::new("partial_sums", wanted, error),
-            }
-        })
-    }
-
     fn close(&mut self, unit: usize) {
         let unit = &mut self.units[unit];
         if matches!(unit.state, State::Open) && matches!(unit.role, Role::Own) {
@@ -451,80 +372,6 @@ impl Dispatch {
             self.place(work, &tried, attempt + 1, Some(&error))
         } else {
             self.resort(work, Some(&error)).map(|_| ())
-        }
-    }
-
-    /// When something is next to be done if nothing comes.
-    fn next_wake(&self) -> Instant {
-        let mut wake = self.deadline();
-        if !self.outgoing.is_empty() {
-            wake = wake.min(Instant::now() + QUEUE_RETRY);
-        }
-        for call in self.calls.iter().filter(|call| call.open) {
-            wake = wake.min(call.next_wake());
-        }
-        wake
-    }
-
-    /// Hedges what takes long and gives up what is overdue.
-    fn look_at_the_clock(&mut self) -> Result<(), DispatchError> {
-        let now = Instant::now();
-        if now >= self.deadline() {
-            let late = self.calls.iter().find(|call| call.open);
-            return Err(DispatchError::DeadlineExceeded {
-                worker: late.map(|call| call.member.address().to_owned()).unwrap_or_default(),
-                layer: self.layer,
-                deadline: self.core.dispatch_deadline,
-            });
-        }
-        for call in 0..self.calls.len() {
-            if !self.calls[call].open {
-                continue;
-            }
-            let waited = now.saturating_duration_since(self.calls[call].timed_from());
-            if waited >= self.calls[call].overdue_after {
-                self.overdue(call, now)?;
-            } else if self.calls[call].hedge_after.is_some_and(|after| waited >= after) {
-                self.calls[call].hedge_after = None;
-                self.hedge(call, now);
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives an overdue call up if somebody else can answer; the last resort is waited for until the deadline.
-    fn overdue(&mut self, call: usize, now: Instant) -> Result<(), DispatchError> {
-        let unit = self.calls[call].unit;
-        if !self.has_alternative(unit) {
-            self.calls[call].overdue_after += OVERDUE_RETRY;
-            return Ok(());
-        }
-        self.give_up(call, now, FailureReason::Overdue);
-        let call = &self.calls[call];
-        let error = DispatchError::DeadlineExceeded {
-            worker: call.member.address().to_owned(),
-            layer: self.layer,
-            deadline: call.overdue_after,
-        };
-        let reason = FailureReason::Overdue;
-        self.failed(unit, Failure { reason, error })
-    }
-
-    /// Waits no more for a call, which counts against its worker.
-    fn give_up(&mut self, call: usize, now: Instant, reason: FailureReason) {
-        let call = &mut self.calls[call];
-        call.open = false;
-        call.member.link.forget(call.request_id);
-        let waited = now.saturating_duration_since(call.timed_from());
-        call.member.overdue(now, reason, call.class, waited, call.assignments);
-    }
-
-    /// Waits no more for a call, for a reason that is not its worker's.
-    fn drop_call(&mut self, call: usize) {
-        let call = &mut self.calls[call];
-        if std::mem::replace(&mut call.open, false) {
-            call.member.link.forget(call.request_id);
-            call.member.dropped(call.assignments);
         }
     }
 

@@ -188,7 +188,7 @@ impl Member {
     ) {
         if self.health.lock().overdue(now, class, waited) {
             self.counters.suspicions.add(1);
-            tracing::warn!(
+            tracing::info!(
                 worker = self.address,
                 reason = reason.name(),
                 "worker is suspect: no answer for {waited:?}"
