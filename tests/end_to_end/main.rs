@@ -12,4 +12,5 @@ mod packed;
 mod parity;
 mod service;
 mod sizes;
+mod supervision;
 mod tools;

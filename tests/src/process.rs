@@ -140,6 +140,8 @@ pub struct Server {
     _stdin: ChildStdin,
     /// The address of its `ready grpc=…` line.
     pub addr: String,
+    /// The address of its health door, if it has one.
+    pub health: Option<String>,
     stderr: Lines,
 }
 
@@ -166,6 +168,7 @@ impl Server {
             child,
             _stdin: stdin,
             addr: "an address not waited for".to_owned(),
+            health: None,
             stderr,
         }
     }
@@ -178,12 +181,19 @@ impl Server {
     fn await_ready((mut child, stdin, stdout, stderr): Spawned) -> Result<Server, Finished> {
         let first = stdout.recv_timeout(COMMAND_TIMEOUT);
         match first.ok().as_deref().and_then(|line| line.strip_prefix("ready grpc=")) {
-            Some(addr) => Ok(Server {
-                child,
-                _stdin: stdin,
-                addr: addr.trim().to_owned(),
-                stderr,
-            }),
+            Some(doors) => {
+                let (addr, health) = match doors.split_once(" health=") {
+                    Some((addr, health)) => (addr, Some(health.trim().to_owned())),
+                    None => (doors, None),
+                };
+                Ok(Server {
+                    child,
+                    _stdin: stdin,
+                    addr: addr.trim().to_owned(),
+                    health,
+                    stderr,
+                })
+            }
             None => {
                 let deadline = Instant::now() + Duration::from_secs(5);
                 let mut status = None;

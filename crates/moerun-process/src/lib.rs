@@ -10,6 +10,7 @@ mod progress;
 mod shutdown;
 mod socket_folder;
 mod spin;
+mod supervision;
 mod telemetry;
 mod threads;
 
@@ -21,5 +22,6 @@ pub use progress::{LoadProgress, WARNINGS_AND_PROGRESS};
 pub use shutdown::Shutdown;
 pub use socket_folder::SocketFolder;
 pub use spin::{Spin, spin_then_wait};
+pub use supervision::Supervision;
 pub use telemetry::{LogFormat, TelemetryError, init_telemetry};
 pub use threads::{available_threads, threads_per_worker};

@@ -33,6 +33,8 @@ pub enum ShardSpec {
     },
     /// `L:E[:S]` items with ranges and `*`, comma-separated: layers, experts, blocks.
     List(Vec<ShardItem>),
+    /// All that these name.
+    Union(Vec<ShardSpec>),
 }
 
 /// One item of an expert list; `None` is `*`, ranges are inclusive.
@@ -47,6 +49,41 @@ pub struct ShardItem {
 }
 
 impl ShardSpec {
+    /// This shard and the `replicas - 1` that follow it, the first again after the last: of `count` workers that all do so,
+    /// each shard is on `replicas`, and two neighbours share the work of one that is lost. Wants a shard `I/N` or
+    /// `slice:I/N` and 1 to N replicas, so that no worker holds a shard twice.
+    pub fn replicated(self, replicas: usize) -> Result<Self, ShardError> {
+        let (index, count) = match self {
+            ShardSpec::Experts { index, count } | ShardSpec::Slices { index, count } => (index, count),
+            _ if replicas == 1 => return Ok(self),
+            _ => {
+                return Err(ShardError::Replicas {
+                    shard: self.to_string(),
+                    replicas,
+                    most: 1,
+                });
+            }
+        };
+        if !(1..=count).contains(&replicas) {
+            return Err(ShardError::Replicas {
+                shard: self.to_string(),
+                replicas,
+                most: count,
+            });
+        }
+        let following = |step: usize| {
+            let index = (index + step) % count;
+            match self {
+                ShardSpec::Slices { .. } => ShardSpec::Slices { index, count },
+                _ => ShardSpec::Experts { index, count },
+            }
+        };
+        if replicas == 1 {
+            return Ok(self);
+        }
+        Ok(ShardSpec::Union((0..replicas).map(following).collect()))
+    }
+
     /// The slices of `config` that this names, sorted, runs of blocks merged; empty slices are left out. A model
     /// without experts has none, and a shard beyond the number of experts or blocks is empty.
     ///
@@ -71,6 +108,11 @@ impl ShardSpec {
             ShardSpec::List(items) => {
                 for item in items {
                     extent.push_item(item, &mut slices)?;
+                }
+            }
+            ShardSpec::Union(specs) => {
+                for spec in specs {
+                    slices.extend(spec.resolve(config, numerics)?);
                 }
             }
         }
@@ -184,14 +226,17 @@ impl fmt::Display for ShardSpec {
             ShardSpec::All => f.write_str("*:*"),
             ShardSpec::Experts { index, count } => write!(f, "{index}/{count}"),
             ShardSpec::Slices { index, count } => write!(f, "slice:{index}/{count}"),
-            ShardSpec::List(items) => {
-                for (index, item) in items.iter().enumerate() {
-                    write!(f, "{}{item}", if index == 0 { "" } else { "," })?;
-                }
-                Ok(())
-            }
+            ShardSpec::List(items) => join(f, items),
+            ShardSpec::Union(specs) => join(f, specs),
         }
     }
+}
+
+fn join(f: &mut fmt::Formatter<'_>, parts: &[impl fmt::Display]) -> fmt::Result {
+    for (index, part) in parts.iter().enumerate() {
+        write!(f, "{}{part}", if index == 0 { "" } else { "," })?;
+    }
+    Ok(())
 }
 
 impl fmt::Display for ShardItem {

@@ -119,6 +119,11 @@ impl Worker {
         &self.address
     }
 
+    /// Where its streams are served; experts of small requests run there too, for milliseconds.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        self.data_plane.handle()
+    }
+
     /// What ends it.
     pub fn shutdown(&self) -> &Shutdown {
         &self.shutdown

@@ -85,6 +85,8 @@ pub(crate) enum Command {
     Gateway(GatewayArgs),
     /// Hold experts and run them for gateways
     Worker(WorkerArgs),
+    /// Ask a health door; exit code 0 if it says that all is well
+    Health(HealthArgs),
     /// Continue a prompt and stream the text to the terminal
     Generate(GenerateArgs),
     /// One forward pass over a batch of token ids: logits, and all that happens between, as safetensors
@@ -112,6 +114,11 @@ pub(crate) struct ServeArgs {
     /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
+
+    /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
+    /// where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) health_addr: Option<String>,
 }
 
 /// `moerun gateway`.
@@ -127,6 +134,11 @@ pub(crate) struct GatewayArgs {
     /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
+
+    /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
+    /// where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) health_addr: Option<String>,
 }
 
 /// `moerun worker`.
@@ -139,10 +151,21 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
 
-    /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert; I from 0
+    /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
+    /// where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) health_addr: Option<String>,
+
+    /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert; I from 0,
+    /// or the word ordinal for the number that this host's name ends in, as in ordinal/4; several with commas between
     /// [default: everything]
     #[arg(long, value_name = "SHARD", conflicts_with = "experts")]
     pub(crate) shard: Option<String>,
+
+    /// Hold the shards that follow --shard too, R in all: where every worker does, each shard is on R of them and any R - 1
+    /// may be lost [default: 1]
+    #[arg(long, value_name = "R", conflicts_with = "experts")]
+    pub(crate) replicas: Option<usize>,
 
     /// Layers, experts and blocks, with ranges and *, as in 0-15:0-31,16-23:*,3:7:0-1
     #[arg(long, value_name = "L:E[:S],…")]
@@ -151,6 +174,22 @@ pub(crate) struct WorkerArgs {
     /// Stop when standard input ends (for a parent that must not leave workers behind)
     #[arg(long, hide = true)]
     pub(crate) exit_with_parent: bool,
+}
+
+/// `moerun health`.
+#[derive(Debug, Args)]
+pub(crate) struct HealthArgs {
+    /// HOST:PORT of a --health-addr, or of a gateway's or worker's own door
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:50052")]
+    pub(crate) connect: String,
+
+    /// What is asked for: startup, readiness, liveness, or the full name of a gRPC service
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub(crate) service: String,
+
+    /// How long to wait for the answer
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) timeout: u64,
 }
 
 /// `moerun generate`.

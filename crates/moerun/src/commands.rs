@@ -5,6 +5,7 @@ mod convert;
 mod forward;
 mod gateway;
 mod generate;
+mod health;
 mod inspect;
 mod synthesize;
 mod worker;
@@ -13,11 +14,13 @@ mod writing;
 use std::{
     fmt::Display,
     io::{self, Write},
+    net::SocketAddr,
     process::ExitCode,
 };
 
+use anyhow::Context;
 use moerun_kernels::{Isa, IsaError, keep_freed_memory};
-use moerun_process::{Exit, TelemetryError, init_telemetry};
+use moerun_process::{Exit, Shutdown, Supervision, TelemetryError, init_telemetry};
 use moerun_worker::WorkerError;
 
 use crate::{
@@ -35,6 +38,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Serve(args) => gateway::serve(args),
             Command::Gateway(args) => gateway::gateway(args),
             Command::Worker(args) => worker::run(args),
+            Command::Health(args) => done(health::run(args)),
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
@@ -88,11 +92,24 @@ fn start_logging(settings: &mut Settings, default_filter: &str) -> Result<(), Te
     Ok(())
 }
 
-/// The one line on standard output that tells a parent or an operator where the door is.
-fn print_ready(address: impl Display) -> io::Result<()> {
+/// The one line on standard output that tells a parent or an operator where the doors are.
+fn print_ready(address: impl Display, health: Option<SocketAddr>) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    writeln!(stdout, "ready grpc={address}")?;
+    write!(stdout, "ready grpc={address}")?;
+    if let Some(health) = health {
+        write!(stdout, " health={health}")?;
+    }
+    writeln!(stdout)?;
     stdout.flush()
+}
+
+/// What supervisors are told of this process, from now on.
+fn supervise(settings: &Settings, shutdown: &Shutdown) -> anyhow::Result<Supervision> {
+    let address = settings.health_addr.as_deref();
+    Supervision::start(address, shutdown).with_context(|| match address {
+        Some(address) => format!("health_addr: cannot listen on {address}"),
+        None => "health thread".to_owned(),
+    })
 }
 
 #[cfg(test)]

@@ -150,6 +150,9 @@ pub(crate) struct RoleFlags {
     /// Address of the gRPC door.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) grpc_addr: Option<String>,
+    /// Address of the health door.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) health_addr: Option<String>,
     /// Worker processes to start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) workers: Option<usize>,
@@ -162,6 +165,9 @@ pub(crate) struct RoleFlags {
     /// Shard of a worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) shard: Option<String>,
+    /// Replicas of a worker's shard.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) replicas: Option<usize>,
     /// Experts of a worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) experts: Option<String>,
@@ -243,6 +249,8 @@ pub(crate) struct Settings {
     pub(crate) log_level: Option<String>,
     /// Address of the gateway's gRPC door.
     pub(crate) grpc_addr: String,
+    /// Address of the health door; `None` = there is none.
+    pub(crate) health_addr: Option<String>,
     /// Worker processes to start.
     pub(crate) workers: usize,
     /// Addresses of workers.
@@ -251,6 +259,8 @@ pub(crate) struct Settings {
     pub(crate) listen: String,
     /// Shard of a worker.
     pub(crate) shard: Option<String>,
+    /// Shards that a worker holds, from `shard` on.
+    pub(crate) replicas: usize,
     /// Experts of a worker.
     pub(crate) experts: Option<String>,
 }
@@ -278,10 +288,12 @@ impl Default for Settings {
             log_format: LogFormat::Text,
             log_level: None,
             grpc_addr: "127.0.0.1:50051".to_owned(),
+            health_addr: None,
             workers: 0,
             worker: Vec::new(),
             listen: "127.0.0.1:50061".to_owned(),
             shard: None,
+            replicas: 1,
             experts: None,
         }
     }
@@ -332,6 +344,7 @@ impl Settings {
         let bounded = [
             ("threads", self.threads, 1, 1024),
             ("workers", Some(self.workers), 0, 64),
+            ("replicas", Some(self.replicas), 1, 64),
             ("max_context", self.max_context, 1, u32::MAX as usize),
             ("combine_block", self.combine_block, 8, 1 << 20),
             ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),

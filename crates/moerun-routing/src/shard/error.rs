@@ -32,6 +32,16 @@ pub enum ShardError {
         /// Layers that have experts.
         moe_layers: Vec<LayerId>,
     },
+    /// More replicas than shards, or of what is no single shard.
+    #[error("shard {shard}: wanted 1 to {most} replicas, found {replicas}")]
+    Replicas {
+        /// The shard.
+        shard: String,
+        /// How many were wanted.
+        replicas: usize,
+        /// Most there can be.
+        most: usize,
+    },
     /// Experts and blocks are numbered by `u16`.
     #[error(
         "{num_experts} experts of {num_blocks} combine blocks: wanted at most 65536 of {}",

@@ -5,8 +5,20 @@ use super::{ShardError, ShardItem, ShardSpec};
 pub(super) const INDEX_BELOW_COUNT: &str = "wanted I/N with I from 0 and below N";
 
 impl ShardSpec {
-    /// Parses `I/N` or `slice:I/N`.
+    /// Parses `I/N` or `slice:I/N`, or several of them with commas between.
     pub fn parse_shard(text: &str) -> Result<Self, ShardError> {
+        match text
+            .split(',')
+            .map(Self::parse_one_shard)
+            .collect::<Result<Vec<_>, _>>()
+        {
+            Ok(mut one) if one.len() == 1 => Ok(one.remove(0)),
+            Ok(several) => Ok(ShardSpec::Union(several)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn parse_one_shard(text: &str) -> Result<Self, ShardError> {
         let error = |reason: &str| ShardError::Syntax {
             text: text.to_owned(),
             reason: reason.to_owned(),

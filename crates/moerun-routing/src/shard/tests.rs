@@ -220,3 +220,31 @@ fn a_spec_is_displayed_as_it_is_written() {
         assert_eq!(ShardSpec::parse_shard(text).unwrap().to_string(), text);
     }
 }
+
+#[test]
+fn several_shards_are_held_together_and_replicas_follow_each_other() {
+    assert_eq!(shard("0/3,2/3").unwrap(), experts("*:0,*:2,*:3").unwrap());
+    assert_eq!(shard("0/2,0/2").unwrap(), shard("0/2").unwrap());
+    let replicated = |text: &str, replicas: usize| ShardSpec::parse_shard(text).and_then(|it| it.replicated(replicas));
+    for (text, replicas, same) in [
+        ("1/4", 1, "1/4"),
+        ("1/4", 2, "1/4,2/4"),
+        ("3/4", 2, "3/4,0/4"),
+        ("slice:2/3", 2, "slice:2/3,slice:0/3"),
+        ("1/2", 2, "1/2,0/2"),
+    ] {
+        let spec = replicated(text, replicas).unwrap();
+        assert_eq!(spec.to_string(), same);
+        assert_eq!(resolve(&spec), shard(same), "{text}");
+    }
+    for (text, replicas, most) in [("1/4", 5, 4), ("1/4", 0, 4), ("0/2,1/2", 2, 1)] {
+        let shard = text.to_owned();
+        assert_eq!(
+            replicated(text, replicas),
+            Err(ShardError::Replicas { shard, replicas, most })
+        );
+    }
+    for bad in ["0/3,", "0/3,3/3", ",0/3"] {
+        assert!(matches!(shard(bad), Err(ShardError::Syntax { .. })), "{bad}");
+    }
+}

@@ -17,6 +17,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         workers: args.workers,
         grpc_addr: args.grpc_addr.clone(),
+        health_addr: args.health_addr.clone(),
         ..RoleFlags::default()
     };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::start)
@@ -27,6 +28,7 @@ pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         worker: args.worker.clone(),
         grpc_addr: args.grpc_addr.clone(),
+        health_addr: args.health_addr.clone(),
         ..RoleFlags::default()
     };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::connect)
@@ -42,6 +44,8 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
         .block_on(TcpListener::bind(address))
         .with_context(|| format!("grpc_addr: cannot listen on {address}"))?;
     let bound = listener.local_addr().context("grpc_addr")?;
+    let supervision = super::supervise(&settings, &shutdown)?;
+    supervision.watch(runtime.handle());
     let serving = Serving::start(&settings, start(&settings)?)?;
     runtime.block_on(async {
         let drain = CancellationToken::new();
@@ -53,7 +57,8 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
         );
         tokio::pin!(door);
         shutdown.begin();
-        super::print_ready(bound)?;
+        supervision.ready();
+        super::print_ready(bound, supervision.address())?;
         tokio::select! {
             ended = &mut door => return ended.map(|()| shutdown.exit()).map_err(anyhow::Error::from),
             () = shutdown.draining() => drain.cancel(),

@@ -1,20 +1,28 @@
 //! `moerun worker`: holds experts and runs them for gateways.
 
+use std::borrow::Cow;
+
 use anyhow::Context;
-use moerun_process::{Address, Exit, Shutdown, available_threads};
+use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads};
 use moerun_routing::ShardSpec;
 use moerun_worker::{Worker, WorkerConfig};
+use rustix::system::uname;
 
 use crate::{
     cli::WorkerArgs,
     settings::{RoleFlags, Settings, SettingsError},
 };
 
+/// Stands for a shard's index in `--shard`.
+const ORDINAL: &str = "ordinal";
+
 /// Runs the command.
 pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         listen: args.listen.clone(),
+        health_addr: args.health_addr.clone(),
         shard: args.shard.clone(),
+        replicas: args.replicas,
         experts: args.experts.clone(),
         ..RoleFlags::default()
     };
@@ -44,15 +52,18 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         }
         shutdown.drain_with_parent().context("standard input")?;
     }
-    let outcome = serve(&config, &shutdown);
+    let supervision = super::supervise(&settings, &shutdown)?;
+    let outcome = serve(&config, &shutdown, &supervision);
     shutdown.remove_leftovers();
     outcome
 }
 
-fn serve(config: &WorkerConfig, shutdown: &Shutdown) -> anyhow::Result<Exit> {
+fn serve(config: &WorkerConfig, shutdown: &Shutdown, supervision: &Supervision) -> anyhow::Result<Exit> {
     let worker = Worker::start(config, shutdown.clone())?;
+    supervision.watch(worker.runtime());
     shutdown.begin();
-    super::print_ready(worker.address())?;
+    supervision.ready();
+    super::print_ready(worker.address(), supervision.address())?;
     worker.wait()?;
     Ok(shutdown.exit())
 }
@@ -60,7 +71,10 @@ fn serve(config: &WorkerConfig, shutdown: &Shutdown) -> anyhow::Result<Exit> {
 /// What the worker is told to hold; everything if it is told nothing.
 fn shard(settings: &Settings) -> Result<ShardSpec, SettingsError> {
     let parsed = match (&settings.shard, &settings.experts) {
-        (Some(shard), None) => ShardSpec::parse_shard(shard),
+        (Some(shard), None) => {
+            let shard = with_ordinal(shard, || uname().nodename().to_string_lossy().into_owned())?;
+            ShardSpec::parse_shard(&shard).and_then(|it| it.replicated(settings.replicas))
+        }
         (None, Some(experts)) => ShardSpec::parse_experts(experts),
         (None, None) => Ok(ShardSpec::All),
         (Some(shard), Some(experts)) => {
@@ -69,4 +83,37 @@ fn shard(settings: &Settings) -> Result<ShardSpec, SettingsError> {
         }
     };
     parsed.map_err(|error| SettingsError(error.to_string()))
+}
+
+/// `shard` with the word ordinal replaced by the number that the host's name ends in: pods of one set differ in nothing
+/// else.
+fn with_ordinal(shard: &str, host: impl FnOnce() -> String) -> Result<Cow<'_, str>, SettingsError> {
+    if !shard.contains(ORDINAL) {
+        return Ok(Cow::Borrowed(shard));
+    }
+    let host = host();
+    let digits = host.len() - host.trim_end_matches(|it: char| it.is_ascii_digit()).len();
+    let ordinal = host[host.len() - digits..].parse::<usize>().map_err(|_| {
+        SettingsError(format!(
+            "shard {shard}: wanted a host whose name ends in its number, as in worker-3, found {host}"
+        ))
+    })?;
+    Ok(Cow::Owned(shard.replace(ORDINAL, &ordinal.to_string())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ordinal_is_what_the_host_ends_in() {
+        let on = |shard: &'static str, host: &str| with_ordinal(shard, || host.to_owned()).map(Cow::into_owned);
+        assert_eq!(on("ordinal/4", "moerun-worker-3").unwrap(), "3/4");
+        assert_eq!(on("slice:ordinal/16", "w012").unwrap(), "slice:12/16");
+        assert_eq!(on("1/4", "box").unwrap(), "1/4");
+        for host in ["box", "w-3a", "w99999999999999999999999"] {
+            let error = on("ordinal/4", host).unwrap_err().to_string();
+            assert!(error.contains(host), "{error}");
+        }
+    }
 }

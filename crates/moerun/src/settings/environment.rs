@@ -38,10 +38,12 @@ const VARIABLES: [(&str, &str, Form); 25] = [
     ("MOERUN_LOG", "log_level", Form::Text),
     ("MOERUN_LOG_LEVEL", "log_level", Form::Text),
     ("MOERUN_GRPC_ADDR", "grpc_addr", Form::Text),
+    ("MOERUN_HEALTH_ADDR", "health_addr", Form::Text),
     ("MOERUN_WORKERS", "workers", Form::Number),
     ("MOERUN_WORKER", "worker", Form::List),
     ("MOERUN_LISTEN", "listen", Form::Text),
     ("MOERUN_SHARD", "shard", Form::Text),
+    ("MOERUN_REPLICAS", "replicas", Form::Number),
     ("MOERUN_EXPERTS", "experts", Form::Text),
 ];
 

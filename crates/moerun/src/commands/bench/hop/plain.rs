@@ -23,7 +23,7 @@ impl Connection for UnixStream {}
 pub(super) fn serve(address: &str) -> anyhow::Result<()> {
     let address = Address::parse(address).map_err(anyhow::Error::msg)?;
     let listener = Listener::bind(&address).with_context(|| format!("listen on {address}"))?;
-    crate::commands::print_ready(listener.address()?)?;
+    crate::commands::print_ready(listener.address()?, None)?;
     let mut connection: Box<dyn Connection> = match &listener {
         Listener::Tcp(listener) => {
             let (stream, _) = listener.accept()?;
