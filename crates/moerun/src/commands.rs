@@ -6,7 +6,9 @@ mod forward;
 mod gateway;
 mod generate;
 mod inspect;
+mod plan;
 mod synthesize;
+mod table;
 mod worker;
 mod writing;
 
@@ -38,6 +40,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
+            Command::Plan(args) => done(plan::run(args)),
             Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
             Command::Bench(args) => done(bench::run(args)),
