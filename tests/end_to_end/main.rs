@@ -10,6 +10,7 @@ mod loading;
 mod malformed;
 mod packed;
 mod parity;
+mod plan;
 mod service;
 mod sizes;
 mod supervision;

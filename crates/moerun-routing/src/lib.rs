@@ -12,6 +12,8 @@ mod plan;
 
 mod combine;
 
+pub mod planner;
+
 #[cfg(test)]
 mod testing;
 

@@ -1,5 +1,7 @@
 //! The command line: what each command takes.
 
+mod plan;
+
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::PossibleValuesParser};
@@ -7,6 +9,7 @@ use moerun_process::Spin;
 use moerun_types::NumberFormat;
 use moerun_weights::SHAPES;
 
+pub(crate) use self::plan::{BenchPlanArgs, PlanArgs};
 use crate::settings::ServingFlags;
 
 /// A distributed mixture-of-experts runtime: a gateway and expert workers, over gRPC, on plain CPUs
@@ -93,6 +96,8 @@ pub(crate) enum Command {
     Forward(ForwardArgs),
     /// Tell what a checkpoint is and what it needs
     Inspect(InspectArgs),
+    /// Plan which worker should hold which experts, and tell what to expect
+    Plan(PlanArgs),
     /// Pack a checkpoint in one number format, so that it is mapped at every start instead of being read and packed
     Convert(ConvertArgs),
     /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
@@ -280,6 +285,10 @@ pub(crate) struct ForwardArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
 
+    /// JSON to write: how often each expert was chosen, as plan --loads takes it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) loads: Option<PathBuf>,
+
     /// Also write hidden_final, layer.{i}.output, and moe.{j}.input, .output, .router_logits, .topk_ids, .topk_weights
     #[arg(long)]
     pub(crate) capture: bool,
@@ -374,6 +383,8 @@ pub(crate) enum BenchPart {
     Kernels(BenchKernelsArgs),
     /// A round trip between gateway and worker, beside a plain socket's
     Hop(BenchHopArgs),
+    /// How balanced the planner's placements are, beside EPLB's, and how long planning takes
+    Plan(BenchPlanArgs),
 }
 
 /// `moerun bench --model DIR`.

@@ -7,7 +7,9 @@ mod gateway;
 mod generate;
 mod health;
 mod inspect;
+mod plan;
 mod synthesize;
+mod table;
 mod worker;
 mod writing;
 
@@ -42,6 +44,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
+            Command::Plan(args) => done(plan::run(args)),
             Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
             Command::Bench(args) => done(bench::run(args)),

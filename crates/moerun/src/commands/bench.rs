@@ -6,9 +6,9 @@ mod hop;
 mod machine;
 mod model;
 mod pin;
+mod plan;
 mod random;
 mod spread;
-mod table;
 
 use std::io::{self, Write};
 
@@ -23,6 +23,7 @@ pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<()> {
         None => model::run(&args.model),
         Some(BenchPart::Kernels(args)) => experts::run(args),
         Some(BenchPart::Hop(args)) => hop::run(args),
+        Some(BenchPart::Plan(args)) => plan::run(args),
     }
 }
 

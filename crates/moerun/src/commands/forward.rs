@@ -8,6 +8,7 @@ use moerun_engine::{Capture, forward_step};
 use moerun_kernels::KV_PAGE_TOKENS;
 use moerun_model::{KvCache, MoeInput, Step, StepSequence};
 use moerun_process::WARNINGS_AND_PROGRESS;
+use moerun_routing::planner::ExpertLoads;
 use moerun_types::{LayerId, ModelConfig};
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -29,7 +30,17 @@ pub(crate) fn run(args: &ForwardArgs) -> anyhow::Result<()> {
     check_can_be_written(&args.out)?;
     let batch = Batch::read(&args.inputs)?;
     let experts = Experts::start(&settings)?;
-    let outputs = forward(&experts, &settings, &batch, args.capture)?;
+    let config = experts.model.config();
+    let num_experts = config.moe.as_ref().map_or(0, |moe| moe.num_experts);
+    let mut loads = args
+        .loads
+        .is_some()
+        .then(|| ExpertLoads::new(&config.moe_layers(), num_experts));
+    let outputs = forward(&experts, &settings, &batch, args.capture, loads.as_mut())?;
+    if let (Some(path), Some(mut loads)) = (&args.loads, loads) {
+        loads.source = format!("moerun forward --inputs {}", args.inputs.display());
+        super::plan::write_whole(path, &loads.to_json())?;
+    }
     outputs.write(&args.out)
 }
 
@@ -211,6 +222,9 @@ struct Recorder<'a> {
     /// `sequence * length + position` of each row of the chunk.
     places: Vec<usize>,
     moe_layers: &'a [LayerId],
+    /// Whether tensors are kept, and not only counts.
+    tensors: bool,
+    loads: Option<&'a mut ExpertLoads>,
 }
 
 impl Recorder<'_> {
@@ -227,6 +241,12 @@ impl Recorder<'_> {
 
 impl Capture for Recorder<'_> {
     fn moe(&mut self, layer: LayerId, input: &MoeInput, output: &Array2<f32>) {
+        if let Some(loads) = self.loads.as_deref_mut() {
+            loads.record(layer, &input.routing);
+        }
+        if !self.tensors {
+            return;
+        }
         let j = self
             .moe_layers
             .iter()
@@ -261,12 +281,20 @@ impl Capture for Recorder<'_> {
     }
 
     fn layer_output(&mut self, layer: LayerId, hidden_states: &Array2<f32>) {
-        self.floats(format!("layer.{layer}.output"), hidden_states);
+        if self.tensors {
+            self.floats(format!("layer.{layer}.output"), hidden_states);
+        }
     }
 }
 
 /// Runs every sequence in chunks of at most `max_batch_tokens` rows; which rows share a chunk changes no bit.
-fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool) -> anyhow::Result<Outputs> {
+fn forward(
+    experts: &Experts,
+    settings: &Settings,
+    batch: &Batch,
+    capture: bool,
+    mut loads: Option<&mut ExpertLoads>,
+) -> anyhow::Result<Outputs> {
     let model = &experts.model;
     batch.check(model.config())?;
     let pages_each = batch.length.div_ceil(KV_PAGE_TOKENS);
@@ -299,7 +327,10 @@ fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool)
             batch,
             places,
             moe_layers: &moe_layers,
+            tensors: capture,
+            loads: loads.as_deref_mut(),
         };
+        let wanted = capture || recorder.loads.is_some();
         let step = Step { sequences: &sequences };
         let hidden_states = forward_step(
             &experts.pool,
@@ -308,7 +339,7 @@ fn forward(experts: &Experts, settings: &Settings, batch: &Batch, capture: bool)
             &token_ids,
             &step,
             &mut kv,
-            capture.then_some(&mut recorder as &mut dyn Capture),
+            wanted.then_some(&mut recorder as &mut dyn Capture),
         )?;
         let normed = model.final_norm(&hidden_states);
         if capture {

@@ -2,12 +2,15 @@
 
 mod words;
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    path::Path,
+};
 
 use moerun_model::KvCache;
 use moerun_process::{LogFormat, init_telemetry};
 use moerun_types::{KvFormat, NumberFormat, default_combine_block};
-use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts};
+use moerun_weights::{Checkpoint, MemoryNeed, Needs, ParameterCounts, WeightsError};
 use serde_json::{Value, json};
 
 use self::words::{attention, count, counted, gate};
@@ -16,13 +19,7 @@ use crate::{cli::InspectArgs, size::ByteSize};
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     init_telemetry(LogFormat::Text, None, "warn")?;
-    // Only the config and the headers are read, and either part may be absent: a gateway's copy can be inspected too.
-    let checkpoint = Checkpoint::open(&args.model, Needs::All).or_else(|error| {
-        [Needs::GatewayOnly, Needs::ExpertsOnly]
-            .into_iter()
-            .find_map(|needs| Checkpoint::open(&args.model, needs).ok())
-            .ok_or(error)
-    })?;
+    let checkpoint = open_any_part(&args.model)?;
     let mut stdout = io::stdout().lock();
     if args.json {
         writeln!(stdout, "{:#}", as_json(&checkpoint))?;
@@ -32,6 +29,17 @@ pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Opens a checkpoint of which only the config and the headers are read. Either part may be absent: a gateway's copy and a
+/// worker's tell what they are too.
+pub(super) fn open_any_part(path: &Path) -> Result<Checkpoint, WeightsError> {
+    Checkpoint::open(path, Needs::All).or_else(|error| {
+        [Needs::GatewayOnly, Needs::ExpertsOnly]
+            .into_iter()
+            .find_map(|needs| Checkpoint::open(path, needs).ok())
+            .ok_or(error)
+    })
 }
 
 fn has_all_experts(checkpoint: &Checkpoint) -> bool {

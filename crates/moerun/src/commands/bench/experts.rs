@@ -21,9 +21,12 @@ use super::{
     print_json,
     random::Random,
     spread::Spread,
-    table::{Table, share},
 };
-use crate::{cli::BenchKernelsArgs, size::ByteSize};
+use crate::{
+    cli::BenchKernelsArgs,
+    commands::table::{Table, share},
+    size::ByteSize,
+};
 
 /// Weights from which experts are drawn: more than any cache holds.
 const WEIGHT_BYTES: usize = 1 << 30;

@@ -19,12 +19,11 @@ use moerun_weights::{Checkpoint, Needs, SynthesizeRequest, synthesize};
 use serde_json::json;
 
 use self::plain::PlainPeer;
-use super::{
-    header, pin, print_json,
-    spread::quantile,
-    table::{Table, share},
+use super::{header, pin, print_json, spread::quantile};
+use crate::{
+    cli::BenchHopArgs,
+    commands::table::{Table, share},
 };
-use crate::cli::BenchHopArgs;
 
 /// A model of which nothing is asked but to be there.
 const MODEL: &str = r#"{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 512,

@@ -6,14 +6,11 @@ use moerun_types::NumberFormat;
 use serde_json::{Map, Value, json};
 
 use super::{
-    super::{
-        machine::Machine,
-        spread::Spread,
-        table::{Table, share},
-    },
+    super::{machine::Machine, spread::Spread},
     Decode,
     cost::Cost,
 };
+use crate::commands::table::{Table, share};
 
 /// All that was measured.
 pub(super) struct Report {

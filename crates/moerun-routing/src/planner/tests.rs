@@ -1,0 +1,6 @@
+//! Plans by what they promise.
+
+mod cases;
+mod figures;
+mod plan_files;
+mod properties;
