@@ -12,6 +12,7 @@ use moerun_kernels::Activations;
 use moerun_process::{DataPlane, spin_then_wait};
 use moerun_proto::{HeldExpert, MAX_EXECUTE_BYTES, encode_request, request_cost_bytes, v1};
 use moerun_routing::{Placement, WorkerBatch};
+use moerun_transport::ClientProtection;
 use moerun_types::{ExpertSlice, LayerId, Numerics};
 use moerun_weights::Checkpoint;
 use tokio::{
@@ -20,14 +21,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::Endpoint;
 
 use crate::{
     DispatchError, ExpertBackend, ExpertRequest, PendingExperts,
     admission::{Admission, check_agreement, check_unchanged},
     link::{Arrival, Connected, Link, Waiter},
     pending::{Driver, Part, PendingRemote},
-    session::{Session, SessionError, endpoint, open},
+    session::{Endpoint, Session, SessionError, endpoint, open},
 };
 
 /// Between attempts to reach a worker at start-up.
@@ -45,6 +45,8 @@ const MAX_CALLER_DRIVEN_BYTES: usize = 64 << 10;
 pub struct RemoteConfig {
     /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
+    /// How connections to them are protected, and who they must be.
+    pub protection: ClientProtection,
     /// How long workers may take to come up, loading included.
     pub startup_timeout: Duration,
     /// How long one dispatch may take, from submit to the last answer.
@@ -58,6 +60,7 @@ impl RemoteConfig {
     pub fn new(workers: Vec<String>) -> Self {
         Self {
             workers,
+            protection: ClientProtection::default(),
             startup_timeout: Duration::from_secs(120),
             dispatch_deadline: Duration::from_secs(30),
             patience: Duration::ZERO,
@@ -127,7 +130,7 @@ impl RemoteExperts {
                     reason,
                 });
             }
-            endpoints.push((worker.clone(), endpoint(worker)?));
+            endpoints.push((worker.clone(), endpoint(worker, &config.protection)?));
         }
         let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| DispatchError::Start {
             reason: error.to_string(),

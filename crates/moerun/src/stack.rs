@@ -11,6 +11,7 @@ use moerun_gateway::{Gateway, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
 use moerun_model::{ExpertBank, KvCache, Model};
 use moerun_process::{Address, LoadProgress, SocketFolder, available_threads, threads_per_worker};
+use moerun_transport::ClientProtection;
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
@@ -148,7 +149,13 @@ impl Experts {
                     (None, Place::Remote(addresses)) => addresses,
                     (None, _) => Vec::new(),
                 };
+                // Our own workers are on this host, whatever certificates others are dialled with.
+                let protection = match &workers {
+                    Some(_) => ClientProtection::LoopbackOnly,
+                    None => settings.dial_protection()?,
+                };
                 let remote = RemoteConfig {
+                    protection,
                     startup_timeout: START_UP_TIMEOUT,
                     patience: settings
                         .spin
@@ -194,6 +201,7 @@ impl Serving {
             config_hash: experts.checkpoint.config_hash(),
             served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
             max_context: experts.max_context,
+            max_answer_tokens: settings.max_answer_tokens,
         });
         Ok(Serving {
             gateway: Arc::new(gateway),
