@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -188,12 +189,12 @@ impl Door {
             (Accepted::Tcp(stream, peer), None) => (Stream::Tcp(stream), peer),
             (Accepted::Tcp(stream, mut peer), Some(tls)) => {
                 let address = peer.address;
-                match timeout(patience, shake_hands(stream, tls.config())).await {
-                    Ok(Ok((stream, identities))) => {
+                match timeout(patience, shake_hands(stream, tls.config(), address)).await {
+                    Ok(Some((stream, identities))) => {
                         peer.identities = identities;
                         (stream, peer)
                     }
-                    Ok(Err(error)) => return log_refusal(address, &error),
+                    Ok(None) => return,
                     Err(_) => return tracing::debug!(peer = ?address, "no TLS handshake within {patience:?}"),
                 }
             }
@@ -216,24 +217,41 @@ impl Door {
     }
 }
 
-async fn shake_hands(mut stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<(Stream, Vec<Identity>)> {
+/// The handshake with a client, or nothing if it is turned away: then the reason is in the log before the client has it.
+async fn shake_hands(
+    mut stream: TcpStream,
+    config: Arc<ServerConfig>,
+    peer: Option<SocketAddr>,
+) -> Option<(Stream, Vec<Identity>)> {
     let mut first = [0; PREFACE_START.len()];
-    if stream.peek(&mut first).await? > 0 && first.starts_with(&PREFACE_START[..1]) {
-        let farewell = goaway(INADEQUATE_SECURITY, "this port speaks TLS only");
-        stream.write_all(&farewell).await?;
-        linger(stream).await;
-        return Err(Refusal::PeerIsPlain.into_io());
-    }
-    let stream = match TlsAcceptor::from(config).accept(stream).into_fallible().await {
-        Ok(stream) => stream,
-        Err((error, stream)) => {
-            linger(stream).await;
-            return Err(error);
+    match stream.peek(&mut first).await {
+        Ok(0) => return None, // a probe that connects and hangs up is no event
+        Ok(_) if first.starts_with(&PREFACE_START[..1]) => {
+            log_refusal(peer, &Refusal::PeerIsPlain.into_io());
+            let farewell = goaway(INADEQUATE_SECURITY, "this port speaks TLS only");
+            if stream.write_all(&farewell).await.is_ok() {
+                linger(stream).await;
+            }
+            return None;
         }
-    };
-    let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let identities = shown.map(Identity::of).unwrap_or_default();
-    Ok((Stream::Tls(Box::new(stream)), identities))
+        Ok(_) => {}
+        Err(error) => {
+            log_refusal(peer, &error);
+            return None;
+        }
+    }
+    match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+        Ok(stream) => {
+            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+            let identities = shown.map(Identity::of).unwrap_or_default();
+            Some((Stream::Tls(Box::new(stream)), identities))
+        }
+        Err((error, stream)) => {
+            log_refusal(peer, &error);
+            linger(stream).await;
+            None
+        }
+    }
 }
 
 /// Ends what we say and reads on until the client has ended too, for a while. A socket that is closed with something unread
@@ -246,11 +264,10 @@ async fn linger(mut stream: TcpStream) {
     let _ = timeout(LINGER, reading).await;
 }
 
-fn log_refusal(peer: Option<std::net::SocketAddr>, error: &io::Error) {
+fn log_refusal(peer: Option<SocketAddr>, error: &io::Error) {
     let peer = peer.map_or_else(|| "unknown".to_owned(), |it| it.to_string());
     match Refusal::of(error) {
         Some(refusal) => tracing::warn!(peer, "refused: {refusal}"),
-        // A probe that connects and hangs up is no event.
         None => tracing::debug!(peer, "handshake: {error}"),
     }
 }
