@@ -9,6 +9,8 @@ mod loading;
 mod malformed;
 mod packed;
 mod parity;
+mod prompts_in_logs;
+mod security;
 mod service;
 mod sizes;
 mod tools;
