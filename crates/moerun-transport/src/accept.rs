@@ -6,10 +6,11 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use moerun_process::{Listener, SocketFile};
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -30,9 +31,10 @@ const PAUSE_WHEN_FULL: Duration = Duration::from_millis(100);
 /// How long, and for how many bytes, a client that was turned away may go on talking.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 64 << 10;
-/// An empty SETTINGS frame and the head of a GOAWAY one: what a client of HTTP/2 is turned away with, so that it can say
-/// why. Length of the text, last stream and code follow.
-const SETTINGS_FRAME: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// A refusal that is the same as the last is logged this much later at the earliest.
+const SAME_REFUSAL: Duration = Duration::from_secs(1);
+/// Kind of the HTTP/2 frame that a client is turned away with. Alone: a client that had our SETTINGS before it would take
+/// itself for connected, and come back at once and without end.
 const GOAWAY: u8 = 7;
 /// Codes of RFC 9113.
 const ENHANCE_YOUR_CALM: u8 = 0xb;
@@ -88,6 +90,7 @@ impl Incoming {
             limits,
             places: Arc::new(Semaphore::new(limits.max_connections.min(Semaphore::MAX_PERMITS))),
             queue,
+            refusals: Arc::default(),
         };
         let mut accepting = JoinSet::new();
         accepting.spawn(door.accept_from(listener));
@@ -141,6 +144,7 @@ struct Door {
     limits: ConnectionLimits,
     places: Arc<Semaphore>,
     queue: mpsc::Sender<io::Result<Connection>>,
+    refusals: Arc<RefusalLog>,
 }
 
 impl Door {
@@ -189,7 +193,7 @@ impl Door {
             (Accepted::Tcp(stream, peer), None) => (Stream::Tcp(stream), peer),
             (Accepted::Tcp(stream, mut peer), Some(tls)) => {
                 let address = peer.address;
-                match timeout(patience, shake_hands(stream, tls.config(), address)).await {
+                match timeout(patience, shake_hands(stream, tls.config(), address, &self.refusals)).await {
                     Ok(Some((stream, identities))) => {
                         peer.identities = identities;
                         (stream, peer)
@@ -222,12 +226,13 @@ async fn shake_hands(
     mut stream: TcpStream,
     config: Arc<ServerConfig>,
     peer: Option<SocketAddr>,
+    log: &RefusalLog,
 ) -> Option<(Stream, Vec<Identity>)> {
     let mut first = [0; PREFACE_START.len()];
     match stream.peek(&mut first).await {
         Ok(0) => return None, // a probe that connects and hangs up is no event
         Ok(_) if first.starts_with(&PREFACE_START[..1]) => {
-            log_refusal(peer, &Refusal::PeerIsPlain.into_io());
+            log_refusal(log, peer, &Refusal::PeerIsPlain.into_io());
             let farewell = goaway(INADEQUATE_SECURITY, "this port speaks TLS only");
             if stream.write_all(&farewell).await.is_ok() {
                 linger(stream).await;
@@ -236,7 +241,7 @@ async fn shake_hands(
         }
         Ok(_) => {}
         Err(error) => {
-            log_refusal(peer, &error);
+            log_refusal(log, peer, &error);
             return None;
         }
     }
@@ -247,7 +252,7 @@ async fn shake_hands(
             Some((Stream::Tls(Box::new(stream)), identities))
         }
         Err((error, stream)) => {
-            log_refusal(peer, &error);
+            log_refusal(log, peer, &error);
             linger(stream).await;
             None
         }
@@ -264,10 +269,31 @@ async fn linger(mut stream: TcpStream) {
     let _ = timeout(LINGER, reading).await;
 }
 
-fn log_refusal(peer: Option<SocketAddr>, error: &io::Error) {
+/// When refusals were last logged, so that a client which tries again at once, without end, does not fill the log.
+#[derive(Debug, Default)]
+struct RefusalLog {
+    last: Mutex<Option<(Refusal, Instant)>>,
+}
+
+impl RefusalLog {
+    /// Whether this one is another than the last, or that is a while ago.
+    fn is_news(&self, refusal: &Refusal) -> bool {
+        let mut last = self.last.lock();
+        let known = last
+            .as_ref()
+            .is_some_and(|(known, at)| known == refusal && at.elapsed() < SAME_REFUSAL);
+        if !known {
+            *last = Some((refusal.clone(), Instant::now()));
+        }
+        !known
+    }
+}
+
+fn log_refusal(log: &RefusalLog, peer: Option<SocketAddr>, error: &io::Error) {
     let peer = peer.map_or_else(|| "unknown".to_owned(), |it| it.to_string());
     match Refusal::of(error) {
-        Some(refusal) => tracing::warn!(peer, "refused: {refusal}"),
+        Some(refusal) if log.is_news(&refusal) => tracing::warn!(peer, "refused: {refusal}"),
+        Some(refusal) => tracing::debug!(peer, "refused: {refusal}"),
         None => tracing::debug!(peer, "handshake: {error}"),
     }
 }
@@ -282,19 +308,15 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 
 fn goaway(code: u8, text: &str) -> Vec<u8> {
     let length = u8::try_from(8 + text.len()).expect("texts here are short");
-    let mut frames = SETTINGS_FRAME.to_vec();
-    frames.extend([0, 0, length, GOAWAY, 0, 0, 0, 0, 0]);
-    frames.extend([0, 0, 0, 0, 0, 0, 0, code]);
-    frames.extend(text.as_bytes());
-    frames
+    let mut frame = vec![0, 0, length, GOAWAY, 0, 0, 0, 0, 0];
+    frame.extend([0, 0, 0, 0, 0, 0, 0, code]); // no stream was begun
+    frame.extend(text.as_bytes());
+    frame
 }
 
 /// Whether the first bytes from a server are those with which ours turns plaintext away.
 pub(crate) fn wants_tls(first: &[u8]) -> bool {
-    let frames = goaway(INADEQUATE_SECURITY, "");
+    let frame = goaway(INADEQUATE_SECURITY, "");
     // All but the length, which counts the text.
-    first.len() >= frames.len()
-        && first.starts_with(&SETTINGS_FRAME)
-        && first[12] == GOAWAY
-        && first[18..26] == frames[18..26]
+    first.len() >= frame.len() && first[3..frame.len()] == frame[3..]
 }

@@ -30,7 +30,7 @@ const TLS_ALERT: u8 = 0x15;
 const REMEDY: &str = "--tls-ca (with --tls-cert and --tls-key where a certificate is asked for)";
 
 /// Connects to one address, whatever URI it is called with: a connector for `Endpoint::connect_with_connector`. Clones
-/// share what they remember.
+/// share what they remember. Once it was turned away it dials no more: who wants to try again makes another.
 #[derive(Debug, Clone)]
 pub struct Dial {
     address: Address,
@@ -66,13 +66,17 @@ impl Dial {
         }
     }
 
-    /// Why the last connection was turned away, by this end or the other, if it was; whoever lost a connection asks here,
+    /// Why it was turned away, by this end or the other, if it was; whoever lost a connection asks here,
     /// since what runs above it passes on no more than words.
     pub fn refusal(&self) -> Option<Refusal> {
         self.refusal.lock().clone()
     }
 
     async fn connect(self) -> io::Result<Dialed> {
+        // Above, a connection that ends at once is made again at once, without end.
+        if let Some(refusal) = self.refusal() {
+            return Err(refusal.into_io());
+        }
         let stream = match &self.address {
             Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
             Address::Tcp(text) => {
@@ -95,7 +99,6 @@ impl Dial {
                 }
             }
         };
-        *self.refusal.lock() = None;
         Ok(Dialed {
             stream,
             heard: false,
