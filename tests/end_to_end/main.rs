@@ -11,6 +11,8 @@ mod malformed;
 mod packed;
 mod parity;
 mod plan;
+mod prompts_in_logs;
+mod security;
 mod service;
 mod sizes;
 mod supervision;

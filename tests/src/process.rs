@@ -5,7 +5,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::{OnceLock, mpsc},
+    sync::{Mutex, OnceLock, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -142,7 +142,10 @@ pub struct Server {
     pub addr: String,
     /// The address of its health door, if it has one.
     pub health: Option<String>,
+    stdout: Lines,
     stderr: Lines,
+    /// What [`Server::wait_for_log`] has passed over.
+    passed: Mutex<Vec<String>>,
 }
 
 impl Server {
@@ -163,13 +166,15 @@ impl Server {
 
     /// Starts `moerun` with `args` and waits for nothing: its address is not known.
     pub fn spawn<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Server {
-        let (child, stdin, _, stderr) = spawn(&[], args);
+        let (child, stdin, stdout, stderr) = spawn(&[], args);
         Server {
             child,
             _stdin: stdin,
             addr: "an address not waited for".to_owned(),
             health: None,
+            stdout,
             stderr,
+            passed: Mutex::default(),
         }
     }
 
@@ -191,7 +196,9 @@ impl Server {
                     _stdin: stdin,
                     addr: addr.trim().to_owned(),
                     health,
+                    stdout,
                     stderr,
+                    passed: Mutex::default(),
                 })
             }
             None => {
@@ -249,17 +256,45 @@ impl Server {
     #[track_caller]
     pub fn wait_for_log(&self, words: &str) {
         let deadline = Instant::now() + COMMAND_TIMEOUT;
-        let mut seen = Vec::new();
+        let mut seen = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match self
                 .stderr
                 .recv_timeout(deadline.saturating_duration_since(Instant::now()))
             {
-                Ok(line) if line.contains(words) => return,
-                Ok(line) => seen.push(line),
+                Ok(line) => {
+                    let found = line.contains(words);
+                    seen.push(line);
+                    if found {
+                        return;
+                    }
+                }
                 Err(_) => panic!("no log line with {words:?}: {}", seen.join("\n")),
             }
         }
+    }
+
+    /// Sends SIGHUP: files are looked at.
+    pub fn hang_up(&self) {
+        let sent = Command::new("kill")
+            .args(["-HUP", &self.child.id().to_string()])
+            .status();
+        assert!(sent.expect("kill starts").success());
+    }
+
+    /// Ends the process as SIGTERM does, and returns all that it wrote since it was ready.
+    #[track_caller]
+    pub fn finish(&mut self) -> String {
+        self.terminate();
+        self.wait(Duration::from_secs(60));
+        // Both channels end with the process.
+        let passed = std::mem::take(self.passed.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let lines: Vec<String> = passed
+            .into_iter()
+            .chain(self.stdout.iter())
+            .chain(self.stderr.iter())
+            .collect();
+        lines.join("\n")
     }
 
     /// Log lines so far.

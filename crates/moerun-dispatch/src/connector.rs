@@ -1,45 +1,40 @@
 //! The seam under a connection: how a transport to a worker is opened.
 
-use std::{fmt, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, pin::Pin, sync::Arc};
 
-use hyper_util::client::legacy::connect::HttpConnector;
+use moerun_transport::Dial;
 use tonic::transport::{Channel, Endpoint, Error};
-
-/// Sent bytes that stay unacknowledged for as long end the connection: a peer that is cut off is found even by messages.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Connecting = Pin<Box<dyn Future<Output = Result<Channel, Error>> + Send>>;
 type Connect = dyn Fn(&str, Endpoint) -> Connecting + Send + Sync;
 
 /// Opens transports to workers: over sockets, or however a simulation does.
 #[derive(Clone)]
-pub struct Connector(Arc<Connect>);
+pub struct Connector(How);
+
+#[derive(Clone)]
+enum How {
+    Sockets,
+    Given(Arc<Connect>),
+}
 
 impl Connector {
-    /// Over TCP or Unix sockets.
+    /// Over TCP or Unix sockets, protected as the worker's address asks for.
     pub fn sockets() -> Self {
-        Self::new(|worker, endpoint| {
-            let is_unix = worker.starts_with("unix:");
-            Box::pin(async move {
-                if is_unix {
-                    return endpoint.connect().await;
-                }
-                let mut tcp = HttpConnector::new();
-                tcp.enforce_http(false);
-                tcp.set_nodelay(true);
-                tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-                endpoint.connect_with_connector(tcp).await
-            })
-        })
+        Self(How::Sockets)
     }
 
     /// By `connect`, which is given the worker's address and the endpoint with all its settings.
     pub fn new(connect: impl Fn(&str, Endpoint) -> Connecting + Send + Sync + 'static) -> Self {
-        Self(Arc::new(connect))
+        Self(How::Given(Arc::new(connect)))
     }
 
-    pub(crate) async fn connect(&self, worker: &str, endpoint: &Endpoint) -> Result<Channel, Error> {
-        (self.0)(worker, endpoint.clone()).await
+    /// One transport; `dial` is that of this attempt, which remembers why it was turned away.
+    pub(crate) async fn connect(&self, worker: &str, endpoint: &Endpoint, dial: &Dial) -> Result<Channel, Error> {
+        match &self.0 {
+            How::Sockets => endpoint.connect_with_connector(dial.clone()).await,
+            How::Given(connect) => connect(worker, endpoint.clone()).await,
+        }
     }
 }
 

@@ -175,6 +175,14 @@ pub enum DispatchError {
         /// Its words.
         message: String,
     },
+    /// The worker, or this gateway, is not whom the other may talk to.
+    #[error("worker {worker}: {refusal}")]
+    Untrusted {
+        /// Its address.
+        worker: String,
+        /// Who turned whom away, and why.
+        refusal: moerun_transport::Refusal,
+    },
     /// Two workers hold different contents for one block.
     #[error(
         "workers {first_worker} and {second_worker} differ in layer {layer} expert {expert} block {block}: \

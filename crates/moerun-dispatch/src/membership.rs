@@ -9,6 +9,7 @@ use std::{
 };
 
 use moerun_proto::HeldExpert;
+use moerun_transport::ClientProtection;
 use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
@@ -16,7 +17,6 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::Endpoint;
 
 use crate::{
     DispatchError, OnExpertLoss,
@@ -26,7 +26,7 @@ use crate::{
     core::Core,
     member::Member,
     run_plan::RunPlan,
-    session::{Session, SessionError, endpoint, open},
+    session::{Endpoint, Session, SessionError, endpoint, open},
 };
 
 /// Between attempts to reach a worker: the first pause, doubled up to the last.
@@ -83,7 +83,10 @@ enum News {
 }
 
 /// Checks a list of addresses.
-pub(crate) fn endpoints(workers: &[String]) -> Result<Vec<(String, Endpoint)>, DispatchError> {
+pub(crate) fn endpoints(
+    workers: &[String],
+    protection: &ClientProtection,
+) -> Result<Vec<(String, Endpoint)>, DispatchError> {
     let mut endpoints: Vec<(String, Endpoint)> = Vec::with_capacity(workers.len());
     for worker in workers {
         if endpoints.iter().any(|(other, _)| other == worker) {
@@ -93,7 +96,7 @@ pub(crate) fn endpoints(workers: &[String]) -> Result<Vec<(String, Endpoint)>, D
                 reason,
             });
         }
-        endpoints.push((worker.clone(), endpoint(worker)?));
+        endpoints.push((worker.clone(), endpoint(worker, protection)?));
     }
     Ok(endpoints)
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use moerun_kernels::CpuPool;
 use moerun_process::{DataPlane, spin_then_wait};
 use moerun_proto::v1;
+use moerun_transport::ClientProtection;
 use moerun_types::{ExpertSlice, Numerics};
 use moerun_weights::Checkpoint;
 use tokio::{
@@ -35,6 +36,8 @@ const MAX_CALLER_DRIVEN_BYTES: usize = 64 << 10;
 pub struct RemoteConfig {
     /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
+    /// How connections to them are protected, and who they must be.
+    pub protection: ClientProtection,
     /// How long workers may take to come up, loading included.
     pub startup_timeout: Duration,
     /// How long one dispatch may take at most, from submit to the last answer. One that hangs is asked of another holder
@@ -68,6 +71,7 @@ impl RemoteConfig {
     pub fn new(workers: Vec<String>) -> Self {
         Self {
             workers,
+            protection: ClientProtection::default(),
             startup_timeout: Duration::from_secs(120),
             dispatch_deadline: Duration::from_secs(30),
             patience: Duration::ZERO,
@@ -99,6 +103,7 @@ pub struct WorkerStatus {
 pub struct RemoteExperts {
     core: Arc<Core>,
     membership: Membership,
+    protection: ClientProtection,
     patience: Duration,
     data_plane: Arc<DataPlane>,
 }
@@ -115,7 +120,7 @@ impl RemoteExperts {
         checkpoint: Arc<Checkpoint>,
         numerics: Numerics,
     ) -> Result<Self, DispatchError> {
-        let endpoints = endpoints(&config.workers)?;
+        let endpoints = endpoints(&config.workers, &config.protection)?;
         let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| start_error(&error))?;
         let admission = Arc::new(Admission::new(Arc::clone(&checkpoint), numerics));
         let num_blocks = admission.limits().num_blocks;
@@ -146,6 +151,7 @@ impl RemoteExperts {
         Ok(Self {
             core,
             membership: started.map_err(|error| start_error(&error))??,
+            protection: config.protection,
             patience: config.patience,
             data_plane: Arc::new(data_plane),
         })
@@ -170,7 +176,7 @@ impl RemoteExperts {
     /// Replaces the workers while dispatches go on: newcomers are dialled, and asked once they are admitted; those that are
     /// not in the list any more get no new work, and are let go when they have answered. Returns the epoch of the new plan.
     pub fn set_workers(&self, workers: &[String]) -> Result<u64, DispatchError> {
-        self.membership.replace(endpoints(workers)?)
+        self.membership.replace(endpoints(workers, &self.protection)?)
     }
 
     /// Sends `bytes` to a worker, by its place in the order given, over the stream that experts are asked on, and returns

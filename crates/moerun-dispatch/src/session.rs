@@ -8,9 +8,10 @@ use moerun_proto::{
     STREAM_WINDOW_BYTES, WorkerIdentity,
     v1::{self, expert_service_client::ExpertServiceClient},
 };
+use moerun_transport::{ClientProtection, Dial};
 use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming, transport::Endpoint};
+use tonic::{Code, Status, Streaming, transport};
 
 use crate::{Connector, DispatchError, admission::Admission};
 
@@ -46,29 +47,38 @@ pub(crate) enum SessionError {
     Refused(DispatchError),
 }
 
+/// Where a worker is, and how it is talked to.
+#[derive(Debug, Clone)]
+pub(crate) struct Endpoint {
+    settings: transport::Endpoint,
+    address: Address,
+    protection: ClientProtection,
+}
+
 /// Parses `host:port` or `unix:/path` and sets what every connection to a worker has.
-pub(crate) fn endpoint(worker: &str) -> Result<Endpoint, DispatchError> {
+pub(crate) fn endpoint(worker: &str, protection: &ClientProtection) -> Result<Endpoint, DispatchError> {
     let refused = |reason: String| DispatchError::Address {
         worker: worker.to_owned(),
         reason,
     };
-    let uri = match Address::parse(worker).map_err(refused)? {
-        Address::Tcp(address) if address.ends_with(":0") => {
-            return Err(refused("wanted a port above 0".to_owned()));
-        }
-        Address::Tcp(address) => format!("http://{address}"),
-        unix @ Address::Unix(_) => unix.to_string(),
-    };
-    let endpoint = Endpoint::from_shared(uri).map_err(|error| refused(error.to_string()))?;
-    Ok(endpoint
+    let address = Address::parse(worker).map_err(refused)?;
+    if matches!(&address, Address::Tcp(text) if text.ends_with(":0")) {
+        return Err(refused("wanted a port above 0".to_owned()));
+    }
+    let settings = Dial::endpoint(&address, protection)
+        .map_err(refused)?
         .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(MAX_FRAME_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true))
+        .keep_alive_while_idle(true);
+    Ok(Endpoint {
+        settings,
+        address,
+        protection: protection.clone(),
+    })
 }
 
 /// Connects, admits, opens the stream.
@@ -78,7 +88,26 @@ pub(crate) async fn open(
     connector: &Connector,
     admission: &Arc<Admission>,
 ) -> Result<Session, SessionError> {
-    let connecting = timeout(CONNECT_TIMEOUT, connector.connect(worker, endpoint)).await;
+    let dial = Dial::new(endpoint.address.clone(), endpoint.protection.clone());
+    let opened = open_over(&dial, worker, endpoint, connector, admission).await;
+    // What runs above the connection passes on words at most; why it was refused is known below.
+    opened.map_err(|error| match dial.refusal() {
+        Some(refusal) => SessionError::Refused(DispatchError::Untrusted {
+            worker: worker.to_owned(),
+            refusal,
+        }),
+        None => error,
+    })
+}
+
+async fn open_over(
+    dial: &Dial,
+    worker: &str,
+    endpoint: &Endpoint,
+    connector: &Connector,
+    admission: &Arc<Admission>,
+) -> Result<Session, SessionError> {
+    let connecting = timeout(CONNECT_TIMEOUT, connector.connect(worker, &endpoint.settings, dial)).await;
     let channel = match connecting {
         Ok(Ok(channel)) => channel,
         Ok(Err(error)) => return Err(SessionError::NotYet(with_sources(&error))),
@@ -203,7 +232,7 @@ mod tests {
             "[::1]:50061",
             "unix:/run/a",
         ] {
-            endpoint(good).unwrap();
+            endpoint(good, &ClientProtection::default()).unwrap();
         }
         for bad in [
             "",
@@ -215,7 +244,7 @@ mod tests {
             "a b:1",
             "unix:",
         ] {
-            let error = endpoint(bad).unwrap_err();
+            let error = endpoint(bad, &ClientProtection::default()).unwrap_err();
             assert!(
                 error.to_string().starts_with(&format!("worker address {bad:?}: ")),
                 "{error}"

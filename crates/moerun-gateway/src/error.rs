@@ -87,6 +87,9 @@ pub enum GatewayError {
         /// What there is for all.
         limit_kib: u32,
     },
+    /// Who asks is not known here.
+    #[error(transparent)]
+    Auth(#[from] crate::auth::AuthError),
     /// The engine refused or gave up.
     #[error(transparent)]
     Engine(#[from] EngineError),

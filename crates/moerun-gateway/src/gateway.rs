@@ -39,6 +39,8 @@ pub struct GatewayParts {
     pub served_name: String,
     /// Longest sequence, prompt and answer together, in tokens: that of the engine.
     pub max_context: usize,
+    /// Most tokens of an answer that a request may ask for; `None` = what the context leaves.
+    pub max_answer_tokens: Option<usize>,
 }
 
 /// Requests in text and rows, answers in text and rows.
@@ -92,11 +94,12 @@ impl Gateway {
             config_hash,
             served_name,
             max_context,
+            max_answer_tokens,
         } = parts;
         Gateway {
             engine,
             codec,
-            defaults: Defaults::new(&config, generation, max_context),
+            defaults: Defaults::new(&config, generation, max_context, max_answer_tokens),
             model: ServedModel {
                 name: served_name,
                 config,
@@ -175,6 +178,10 @@ impl Gateway {
 
     /// Text of token ids; an id that the model does not have is an error.
     pub async fn detokenize(&self, token_ids: Vec<u32>, keep_special_tokens: bool) -> Result<String, GatewayError> {
+        let (found, most) = (token_ids.len(), self.max_prompt_bytes / 4);
+        if found > most {
+            return Err(GatewayError::invalid("token_ids", format!("at most {most} ids"), found));
+        }
         self.defaults.check_ids("token_ids", &token_ids)?;
         self.on_blocking_thread(move |codec| codec.decode(&token_ids, !keep_special_tokens))
             .await

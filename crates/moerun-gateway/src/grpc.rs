@@ -2,11 +2,13 @@
 
 mod convert;
 mod inference;
+mod key_check;
 mod moe_layer;
 mod serve;
 mod status;
 
-pub use inference::InferenceDoor;
+pub use inference::{InferenceDoor, LogPrompts};
+pub use key_check::KeyCheck;
 pub use moe_layer::MoeLayerDoor;
 pub use serve::{ServeSettings, serve};
 pub use status::to_status;

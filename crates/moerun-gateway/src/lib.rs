@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod answer_room;
+pub mod auth;
 mod error;
 mod gateway;
 mod generation;

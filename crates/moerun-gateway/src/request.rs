@@ -108,6 +108,7 @@ pub(crate) struct Defaults {
     eos_token_ids: Vec<u32>,
     vocab_size: usize,
     max_context: usize,
+    max_answer_tokens: usize,
 }
 
 impl TextRequest {
@@ -126,7 +127,12 @@ impl TextRequest {
 }
 
 impl Defaults {
-    pub(crate) fn new(config: &ModelConfig, generation: GenerationConfig, max_context: usize) -> Self {
+    pub(crate) fn new(
+        config: &ModelConfig,
+        generation: GenerationConfig,
+        max_context: usize,
+        max_answer_tokens: Option<usize>,
+    ) -> Self {
         let eos = if generation.eos_token_ids.is_empty() {
             &config.eos_token_ids
         } else {
@@ -136,6 +142,7 @@ impl Defaults {
             eos_token_ids: eos.clone(),
             vocab_size: config.vocab_size,
             max_context,
+            max_answer_tokens: max_answer_tokens.unwrap_or(usize::MAX),
             generation,
         }
     }
@@ -145,6 +152,10 @@ impl Defaults {
         request.sampling.check()?;
         if request.max_tokens == Some(0) {
             return Err(GatewayError::invalid("max_tokens", "at least 1", 0));
+        }
+        if let Some(found) = request.max_tokens.filter(|&found| found > self.max_answer_tokens) {
+            let wanted = format!("at most {}", self.max_answer_tokens);
+            return Err(GatewayError::invalid("max_tokens", wanted, found));
         }
         if let Some(logprobs) = request.logprobs.filter(|&count| count > MAX_LOGPROBS) {
             return Err(GatewayError::invalid(
@@ -197,7 +208,10 @@ impl Defaults {
         let room = self.max_context - prompt_ids.len();
         let own: &[u32] = if request.ignore_eos { &[] } else { &self.eos_token_ids };
         GenerateRequest {
-            max_tokens: wanted.unwrap_or(DEFAULT_MAX_TOKENS).min(room),
+            max_tokens: wanted
+                .unwrap_or(DEFAULT_MAX_TOKENS)
+                .min(room)
+                .min(self.max_answer_tokens),
             stop_token_ids: own.iter().chain(&request.stop_token_ids).copied().collect(),
             sampling: self.sampling(&request.sampling),
             logprobs: request.logprobs,
@@ -262,6 +276,7 @@ mod tests {
             eos_token_ids: vec![2],
             vocab_size: 100,
             max_context: 50,
+            max_answer_tokens: 40,
         }
     }
 

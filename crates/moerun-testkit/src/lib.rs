@@ -8,12 +8,14 @@ mod family;
 mod number;
 mod raw_file;
 
+mod authority;
 mod edit;
 mod gguf;
 mod lies;
 mod naive;
 mod tiny;
 
+pub use authority::{Authority, Validity};
 pub use edit::{
     copy_checkpoint, copy_only_experts, copy_perturbed, copy_without_experts, edit_json, edit_tensor, edit_tensors,
     is_expert_tensor, perturb_tensor,

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use moerun_routing::ShardSpec;
+use moerun_transport::ServerProtection;
 use moerun_types::{CombineMode, NumberFormat};
 use moerun_weights::Load;
 
@@ -13,6 +14,8 @@ pub struct WorkerConfig {
     pub model_dir: PathBuf,
     /// `host:port` to listen on, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
+    /// Who may connect, and how.
+    pub protection: ServerProtection,
     /// Which experts, or slices of them, to hold.
     pub shard: ShardSpec,
     /// How weights are held; `None` = the checkpoint's own type.
@@ -39,6 +42,7 @@ impl WorkerConfig {
         Self {
             model_dir: model_dir.into(),
             listen: listen.into(),
+            protection: ServerProtection::default(),
             shard,
             weights: None,
             combine: CombineMode::Exact,

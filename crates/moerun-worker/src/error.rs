@@ -48,7 +48,10 @@ pub enum WorkerError {
         /// What the machine and the control group leave.
         available_bytes: u64,
     },
-    /// The address could not be taken.
+    /// The door could not be opened as it was to be.
+    #[error(transparent)]
+    Transport(#[from] moerun_transport::TransportError),
+    /// The address makes no sense.
     #[error("listen on {address}: {source}")]
     Listen {
         /// As given.

@@ -11,16 +11,13 @@ use moerun_proto::{
     CONNECTION_WINDOW_BYTES, FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
     STREAM_WINDOW_BYTES, v1::expert_service_server::ExpertServiceServer,
 };
-use tokio_stream::wrappers::UnixListenerStream;
+use moerun_transport::{ConnectionLimits, Incoming};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    server::NamedService,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{server::NamedService, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    WorkerError,
+    ServeOptions, WorkerError,
     service::{Experts, Loaded},
 };
 
@@ -31,6 +28,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 /// hyper's default of 20 ends a connection whose peer cancels a few streams at once.
 const MAX_PENDING_RESETS: usize = 1024;
+/// Gateways, probes and people that look; one more is turned away.
+const MAX_CONNECTIONS: usize = 256;
+/// Names and values of a call's headers, of which we use few.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 type ExpertServer = ExpertServiceServer<Experts>;
 
@@ -67,8 +68,7 @@ type Serving = Pin<Box<dyn Future<Output = Result<(), WorkerError>> + Send>>;
 pub(crate) async fn prepare(
     listener: Listener,
     shutdown: Shutdown,
-    drain_timeout: Duration,
-    patience: Duration,
+    options: &ServeOptions,
 ) -> Result<(ExpertsServer, Option<SocketFile>), WorkerError> {
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let health = Health { reporter };
@@ -84,7 +84,7 @@ pub(crate) async fn prepare(
         loaded: loaded.clone(),
         shutdown: shutdown.clone(),
         closing: closing.clone(),
-        patience,
+        patience: options.patience,
     };
     let expert_service = ExpertServiceServer::new(experts)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -97,6 +97,7 @@ pub(crate) async fn prepare(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
         .add_service(expert_service)
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(reflection_error)?)
@@ -107,24 +108,15 @@ pub(crate) async fn prepare(
         health: health.clone(),
         loaded: loaded.clone(),
         closing,
-        drain_timeout,
+        drain_timeout: options.drain_timeout,
     };
-    let (run, socket): (Serving, _) = match listener {
-        Listener::Tcp(listener) => {
-            listener.set_nonblocking(true).map_err(start)?;
-            let listener = tokio::net::TcpListener::from_std(listener).map_err(start)?;
-            // tonic's own `tcp_nodelay` is ignored for a given listener; without it a hop can take 40 ms.
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            let server = router.serve_with_incoming_shutdown(incoming, closed);
-            (Box::pin(end.serve_until_shutdown(server)), None)
-        }
-        Listener::Unix(listener, file) => {
-            listener.set_nonblocking(true).map_err(start)?;
-            let listener = tokio::net::UnixListener::from_std(listener).map_err(start)?;
-            let server = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), closed);
-            (Box::pin(end.serve_until_shutdown(server)), Some(file))
-        }
+    let limits = ConnectionLimits {
+        max_connections: MAX_CONNECTIONS,
+        ..ConnectionLimits::default()
     };
+    let (incoming, socket) = Incoming::open(listener, options.protection.clone(), limits).map_err(start)?;
+    let server = router.serve_with_incoming_shutdown(incoming, closed);
+    let run: Serving = Box::pin(end.serve_until_shutdown(server));
     Ok((ExpertsServer { loaded, health, run }, socket))
 }
 

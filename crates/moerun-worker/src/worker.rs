@@ -9,8 +9,9 @@ use std::{
 
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
-use moerun_process::{Address, DataPlane, Listener, LoadProgress, Shutdown, SocketFile};
+use moerun_process::{Address, DataPlane, LoadProgress, Shutdown, SocketFile};
 use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
+use moerun_transport::{ServerProtection, bind};
 use moerun_types::{Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, Needs};
 use tokio::task::JoinHandle as Task;
@@ -26,6 +27,9 @@ use crate::{
 
 /// Rows of a request that is run where it is read: decoding, whose messages are short and whose answer is waited for.
 const INLINE_ROWS: usize = 8;
+
+/// What would encrypt a worker's door.
+const TLS_FLAGS: &str = "--tls-cert, --tls-key and --tls-ca";
 
 /// A running worker. Dropping it stops it at once; [`Worker::wait`] lets it end in order.
 #[derive(Debug)]
@@ -44,6 +48,8 @@ pub struct Worker {
 pub struct ServeOptions {
     /// `host:port`, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
+    /// Who may connect, and how.
+    pub protection: ServerProtection,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed.
@@ -65,6 +71,7 @@ impl Worker {
     pub fn start(config: &WorkerConfig, shutdown: Shutdown) -> Result<Self, WorkerError> {
         let options = ServeOptions {
             listen: config.listen.clone(),
+            protection: config.protection.clone(),
             threads: config.threads,
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
@@ -183,7 +190,7 @@ impl Listening {
         };
         let wanted = Address::parse(&options.listen)
             .map_err(|reason| listen(io::Error::new(io::ErrorKind::InvalidInput, reason)))?;
-        let listener = Listener::bind(&wanted).map_err(listen)?;
+        let listener = bind(&wanted, &options.protection, TLS_FLAGS)?;
         let address = listener.address().map_err(listen)?;
         if let Address::Unix(path) = &address {
             shutdown.remove_at_end(path.clone());
@@ -192,7 +199,7 @@ impl Listening {
             what: "data plane",
             source,
         })?;
-        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout, options.patience);
+        let preparing = server::prepare(listener, shutdown.clone(), &options);
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);

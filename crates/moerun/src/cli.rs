@@ -10,7 +10,7 @@ use moerun_types::NumberFormat;
 use moerun_weights::SHAPES;
 
 pub(crate) use self::plan::{BenchPlanArgs, PlanArgs};
-use crate::settings::ServingFlags;
+use crate::settings::{ClusterFlags, DoorFlags, ServingFlags};
 
 /// A distributed mixture-of-experts runtime: a gateway and expert workers, over gRPC, on plain CPUs
 #[derive(Debug, Parser)]
@@ -30,7 +30,10 @@ pub(crate) struct Cli {
 /// Settings that a command takes, so that one file and one environment serve all commands, but has no use for: its help
 /// does not name them.
 const UNUSED: [(&str, &[&str]); 4] = [
-    ("bench", &["max_queue", "prefix_cache", "speculate", "served_name"]),
+    (
+        "bench",
+        &["max_queue", "prefix_cache", "speculate", "served_name", "insecure"],
+    ),
     (
         "worker",
         &[
@@ -55,6 +58,7 @@ const UNUSED: [(&str, &[&str]); 4] = [
             "prefix_cache",
             "speculate",
             "served_name",
+            "insecure",
         ],
     ),
 ];
@@ -102,6 +106,10 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     /// Write a random-weight checkpoint of a real shape, for benchmarks and load tests
     Synthesize(SynthesizeArgs),
+    /// Make an authority and certificates for a cluster's first days
+    Certs(CertsArgs),
+    /// API keys of a gateway's clients
+    Key(KeyArgs),
     /// Measure a model, or with `kernels` and `hop` its parts, beside what the machine can do
     Bench(BenchArgs),
 }
@@ -116,7 +124,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
 
-    /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
+    /// Address of the gRPC door, HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
 
@@ -124,6 +132,9 @@ pub(crate) struct ServeArgs {
     /// where port 0 takes a free one [default: none]
     #[arg(long, value_name = "ADDR")]
     pub(crate) health_addr: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) door: DoorFlags,
 }
 
 /// `moerun gateway`.
@@ -136,7 +147,10 @@ pub(crate) struct GatewayArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) worker: Vec<String>,
 
-    /// Address of the gRPC door; port 0 takes a free one [default: 127.0.0.1:50051]
+    #[command(flatten)]
+    pub(crate) cluster: ClusterFlags,
+
+    /// Address of the gRPC door, HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
 
@@ -144,6 +158,9 @@ pub(crate) struct GatewayArgs {
     /// where port 0 takes a free one [default: none]
     #[arg(long, value_name = "ADDR")]
     pub(crate) health_addr: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) door: DoorFlags,
 }
 
 /// `moerun worker`.
@@ -175,6 +192,9 @@ pub(crate) struct WorkerArgs {
     /// Layers, experts and blocks, with ranges and *, as in 0-15:0-31,16-23:*,3:7:0-1
     #[arg(long, value_name = "L:E[:S],…")]
     pub(crate) experts: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) cluster: ClusterFlags,
 
     /// Stop when standard input ends (for a parent that must not leave workers behind)
     #[arg(long, hide = true)]
@@ -234,9 +254,23 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", conflicts_with = "connect")]
     pub(crate) workers: Option<usize>,
 
-    /// HOST:PORT of a gateway that already runs: ask it, instead of loading a model
+    /// HOST:PORT of a gateway that already runs: ask it, instead of loading a model. With --tls-ca over TLS; --tls-cert and
+    /// --tls-key where it wants a certificate
     #[arg(long, value_name = "ADDR")]
     pub(crate) connect: Option<String>,
+
+    /// API key for that gateway; better in the environment, since others on this machine see command lines
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "MOERUN_API_KEY",
+        hide_env_values = true,
+        help_heading = "Security"
+    )]
+    pub(crate) api_key: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) cluster: ClusterFlags,
 
     /// Print one JSON object at the end instead of streaming text
     #[arg(long)]
@@ -363,6 +397,48 @@ pub(crate) struct SynthesizeArgs {
     /// List the shapes, one a line
     #[arg(long, exclusive = true)]
     pub(crate) list: bool,
+}
+
+/// `moerun certs`.
+#[derive(Debug, Args)]
+pub(crate) struct CertsArgs {
+    /// Folder for ca.pem and ca.key, and NAME.pem and NAME.key of each process. An authority that is there is used again;
+    /// its key can sign anything, so keep it away from the machines that serve
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// A worker, once for each; NAMES are those by which gateways dial it, if others than NAME
+    #[arg(long, value_name = "NAME[=NAMES,…]")]
+    pub(crate) worker: Vec<String>,
+
+    /// A gateway, once for each; NAMES are those by which clients dial it, beside localhost
+    #[arg(long, value_name = "NAME[=NAMES,…]", default_value = "gateway")]
+    pub(crate) gateway: Vec<String>,
+
+    /// Days that certificates are valid; that of the authority ten times as long
+    #[arg(long, value_name = "N", default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=3650))]
+    pub(crate) days: u16,
+
+    /// Replace certificates that are there
+    #[arg(long)]
+    pub(crate) renew: bool,
+}
+
+/// `moerun key`.
+#[derive(Debug, Args)]
+pub(crate) struct KeyArgs {
+    #[command(subcommand)]
+    pub(crate) command: KeyCommand,
+}
+
+/// What to do with keys.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a key: prints it, this once, and then the line for the file of --api-keys
+    New {
+        /// Whose it is, in letters, digits and -_.@
+        name: String,
+    },
 }
 
 /// `moerun bench`.

@@ -1,12 +1,14 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
 mod bench;
+mod certs;
 mod convert;
 mod forward;
 mod gateway;
 mod generate;
 mod health;
 mod inspect;
+mod key;
 mod plan;
 mod synthesize;
 mod table;
@@ -23,6 +25,7 @@ use std::{
 use anyhow::Context;
 use moerun_kernels::{Isa, IsaError, keep_freed_memory};
 use moerun_process::{Exit, Shutdown, Supervision, TelemetryError, init_telemetry};
+use moerun_transport::TransportError;
 use moerun_worker::WorkerError;
 
 use crate::{
@@ -48,6 +51,8 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
             Command::Bench(args) => done(bench::run(args)),
+            Command::Certs(args) => done(certs::run(args)),
+            Command::Key(args) => done(key::run(args)),
         });
     let exit = match outcome {
         Ok(exit) => exit,
@@ -67,6 +72,10 @@ fn is_usage(error: &anyhow::Error) -> bool {
         || error.is::<TelemetryError>()
         || error.is::<IsaError>()
         || matches!(worker, Some(WorkerError::Numerics(_)))
+        || matches!(worker, Some(WorkerError::Transport(error)) if error.is_usage())
+        || error
+            .downcast_ref::<TransportError>()
+            .is_some_and(TransportError::is_usage)
 }
 
 /// An error and its causes. A cause that the message before it repeats at its end is not said twice.
@@ -93,6 +102,13 @@ fn start_logging(settings: &mut Settings, default_filter: &str) -> Result<(), Te
     let filter = init_telemetry(settings.log_format, settings.log_level.as_deref(), default_filter)?;
     settings.log_level = Some(filter);
     Ok(())
+}
+
+/// Says so where plaintext may leave this host.
+fn warn_of_plaintext(between: &str, plaintext: bool) {
+    if plaintext {
+        tracing::warn!("--insecure: what {between} send and get is neither encrypted nor protected from change");
+    }
 }
 
 /// The one line on standard output that tells a parent or an operator where the doors are.

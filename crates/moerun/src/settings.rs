@@ -1,6 +1,7 @@
 //! The settings of all serving commands: defaults < TOML file < environment < flags.
 
 mod environment;
+mod security;
 
 use std::{env, path::PathBuf};
 
@@ -16,6 +17,8 @@ use moerun_weights::Load;
 use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
+
+pub(crate) use security::{ClusterFlags, DoorFlags};
 
 /// Flags that every serving command takes. A flag that is not given leaves the word to the environment
 /// (`MOERUN_MAX_CONTEXT` for `--max-context`), then to the file given with `--config`, then to the default.
@@ -117,6 +120,12 @@ pub(crate) struct ServingFlags {
     #[serde(skip_serializing_if = "Option::is_none")]
     served_name: Option<String>,
 
+    /// Let plaintext leave this host: listen on, and dial, addresses that others can reach without TLS. Whoever is on the
+    /// way reads and changes everything
+    #[arg(long, help_heading = "Security")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    insecure: bool,
+
     /// Log lines as text or json, on standard error [default: text]
     #[arg(long, value_name = "FORMAT", help_heading = "Settings and logs")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -171,6 +180,12 @@ pub(crate) struct RoleFlags {
     /// Experts of a worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) experts: Option<String>,
+    /// Between gateway and workers.
+    #[serde(flatten)]
+    pub(crate) cluster: ClusterFlags,
+    /// Between clients and gateway.
+    #[serde(flatten)]
+    pub(crate) door: DoorFlags,
 }
 
 /// Settings that make no sense: the command ends with the exit code of wrong usage.
@@ -263,6 +278,32 @@ pub(crate) struct Settings {
     pub(crate) replicas: usize,
     /// Experts of a worker.
     pub(crate) experts: Option<String>,
+    /// Whether plaintext may leave this host.
+    pub(crate) insecure: bool,
+    /// Certificate of this process, between gateway and workers.
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The key to it.
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Authorities of those at the other end.
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// Identities of those at the other end; empty = all that the authorities vouch for.
+    pub(crate) allow_peer: Vec<String>,
+    /// Certificate of the gateway's gRPC door.
+    pub(crate) grpc_tls_cert: Option<PathBuf>,
+    /// The key to it.
+    pub(crate) grpc_tls_key: Option<PathBuf>,
+    /// Authorities of clients, where they show certificates.
+    pub(crate) grpc_tls_client_ca: Option<PathBuf>,
+    /// File of API keys.
+    pub(crate) api_keys: Option<PathBuf>,
+    /// API keys, in lines as in that file, or separated by commas.
+    pub(crate) api_key_list: Option<String>,
+    /// Most connections of a door.
+    pub(crate) max_connections: usize,
+    /// Most tokens of an answer; `None` = what the context leaves.
+    pub(crate) max_answer_tokens: Option<usize>,
+    /// Whether prompts and answers are logged.
+    pub(crate) log_prompts: bool,
 }
 
 impl Default for Settings {
@@ -295,6 +336,19 @@ impl Default for Settings {
             shard: None,
             replicas: 1,
             experts: None,
+            insecure: false,
+            tls_cert: None,
+            tls_key: None,
+            tls_ca: None,
+            allow_peer: Vec::new(),
+            grpc_tls_cert: None,
+            grpc_tls_key: None,
+            grpc_tls_client_ca: None,
+            api_keys: None,
+            api_key_list: None,
+            max_connections: 1024,
+            max_answer_tokens: None,
+            log_prompts: false,
         }
     }
 }
@@ -351,6 +405,8 @@ impl Settings {
             ("max_queue", Some(self.max_queue), 1, 1 << 20),
             ("speculate", Some(self.speculate), 0, 256),
             ("canary_interval", usize::try_from(self.canary_interval).ok(), 1, 86_400),
+            ("max_connections", Some(self.max_connections), 1, 1 << 20),
+            ("max_answer_tokens", self.max_answer_tokens, 1, u32::MAX as usize),
         ];
         for (name, value, least, most) in bounded {
             if let Some(value) = value.filter(|value| !(least..=most).contains(value)) {

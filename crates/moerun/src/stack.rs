@@ -12,6 +12,7 @@ use moerun_gateway::{Gateway, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
 use moerun_model::{ExpertBank, KvCache, Model};
 use moerun_process::{Address, LoadProgress, SocketFolder, available_threads, threads_per_worker};
+use moerun_transport::ClientProtection;
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
 
@@ -152,7 +153,13 @@ impl Experts {
                     (None, Place::Remote(addresses)) => addresses,
                     (None, _) => Vec::new(),
                 };
+                // Our own workers are on this host, whatever certificates others are dialled with.
+                let protection = match &workers {
+                    Some(_) => ClientProtection::LoopbackOnly,
+                    None => settings.dial_protection()?,
+                };
                 let remote = RemoteConfig {
+                    protection,
                     startup_timeout: START_UP_TIMEOUT,
                     on_expert_loss: settings.on_expert_loss,
                     local: Some(LocalConfig {
@@ -204,6 +211,7 @@ impl Serving {
             config_hash: experts.checkpoint.config_hash(),
             served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
             max_context: experts.max_context,
+            max_answer_tokens: settings.max_answer_tokens,
         });
         Ok(Serving {
             gateway: Arc::new(gateway),

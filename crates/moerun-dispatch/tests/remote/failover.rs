@@ -392,7 +392,7 @@ fn experts_may_be_left_out_where_that_is_allowed_and_the_rows_are_told() {
     let choices = request.routing.expert_ids.chunks(top_k);
     for (row, (experts, weights)) in choices.zip(kept.routing.routing_weights.chunks_mut(top_k)).enumerate() {
         let all: f32 = weights.iter().sum();
-        let is_kept = |expert: &ExpertId| expert.0 % 2 == 0;
+        let is_kept = |expert: &ExpertId| expert.0.is_multiple_of(2);
         let of_kept = experts.iter().zip(weights.iter()).filter(|(expert, _)| is_kept(expert));
         let left: f32 = of_kept.map(|(_, weight)| weight).sum();
         if experts.iter().all(is_kept) {

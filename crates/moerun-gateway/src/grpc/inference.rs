@@ -13,6 +13,17 @@ use crate::{Gateway, GatewayError};
 #[derive(Debug, Clone)]
 pub struct InferenceDoor {
     gateway: Arc<Gateway>,
+    log_prompts: LogPrompts,
+}
+
+/// Whether what people ask and are told is logged. Nothing else in this process does so, at any level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogPrompts {
+    /// Numbers of tokens at most.
+    #[default]
+    Never,
+    /// Prompts and answers, in full.
+    Always,
 }
 
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -20,7 +31,15 @@ type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl InferenceDoor {
     /// Over this gateway.
     pub fn new(gateway: Arc<Gateway>) -> Self {
-        InferenceDoor { gateway }
+        InferenceDoor {
+            gateway,
+            log_prompts: LogPrompts::default(),
+        }
+    }
+
+    /// Logs prompts and answers, or not.
+    pub fn logging(self, log_prompts: LogPrompts) -> Self {
+        InferenceDoor { log_prompts, ..self }
     }
 
     fn combine_mode(&self) -> String {
@@ -44,15 +63,23 @@ impl InferenceService for InferenceDoor {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let message = request.into_inner();
+        let logs = self.log_prompts == LogPrompts::Always;
         let start = async {
             self.gateway.check_model(&message.model)?;
-            self.gateway.generate(convert::text_request(message)?).await
+            let request = convert::text_request(message)?;
+            if logs {
+                tracing::info!(prompt = ?request.prompt, "prompt");
+            }
+            self.gateway.generate(request).await
         };
         let generation = start.await.map_err(|error| to_status(&error))?;
         tracing::debug!(prompt_tokens = generation.prompt_tokens(), "answer begins");
         let mut combine_mode = self.combine_mode();
         let responses = generation.map(move |event| {
             let event = event.map_err(|error| to_status(&error))?;
+            if logs {
+                tracing::info!(text = event.text, "answer");
+            }
             if let Some(finish) = event.finish {
                 tracing::debug!(completion_tokens = finish.completion_tokens, reason = ?finish.reason, "answer ends");
             }

@@ -2,20 +2,23 @@
 
 use std::{sync::Arc, time::Duration};
 
+use moerun_process::{Listener, SocketFile};
 use moerun_proto::{
     FILE_DESCRIPTOR_SET,
     v1::{inference_service_server::InferenceServiceServer, moe_layer_service_server::MoeLayerServiceServer},
 };
-use tokio::{net::TcpListener, time::timeout};
+use moerun_transport::{ConnectionLimits, Incoming, ServerProtection};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     server::NamedService,
-    transport::server::{Router, Server, TcpIncoming},
+    service::interceptor::InterceptedService,
+    transport::server::{Router, Server},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::{InferenceDoor, MoeLayerDoor};
-use crate::{Gateway, GatewayError};
+use super::{InferenceDoor, KeyCheck, LogPrompts, MoeLayerDoor};
+use crate::{Gateway, GatewayError, auth::Authenticator};
 
 /// Bytes of one stream that a client may send before it must wait: one large message goes out at a stretch.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
@@ -41,9 +44,20 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// watchers of the health service would stay for ever.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Bounds of the gRPC server.
+/// Names and values of a request's headers; an API key is the longest that is wanted.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
+
+/// Who may use the gRPC server, and its bounds.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
+    /// Whether connections are encrypted.
+    pub protection: ServerProtection,
+    /// Who may ask; health is told to everybody.
+    pub auth: Arc<Authenticator>,
+    /// Bounds of its connections.
+    pub connections: ConnectionLimits,
+    /// Whether what people say is logged.
+    pub log_prompts: LogPrompts,
     /// Largest message in either direction.
     pub max_message_bytes: usize,
     /// How long running requests may take to end after the server was told to stop.
@@ -53,6 +67,10 @@ pub struct ServeSettings {
 impl Default for ServeSettings {
     fn default() -> Self {
         ServeSettings {
+            protection: ServerProtection::default(),
+            auth: Arc::new(Authenticator::open()),
+            connections: ConnectionLimits::default(),
+            log_prompts: LogPrompts::Never,
             max_message_bytes: 32 << 20,
             drain_timeout: Duration::from_secs(30),
         }
@@ -64,7 +82,7 @@ impl Default for ServeSettings {
 ///
 /// Dropping the future stops at once.
 pub async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     gateway: Arc<Gateway>,
     settings: ServeSettings,
     shutdown: CancellationToken,
@@ -73,8 +91,9 @@ pub async fn serve(
     set_health(&health, ServingStatus::Serving).await;
     let close = CancellationToken::new();
     let router = router(&gateway, &settings)?.add_service(health_service);
-    // Options of accepted sockets are tonic's own only where tonic binds the listener.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let opened = Incoming::open(listener, settings.protection.clone(), settings.connections);
+    let (incoming, _socket): (Incoming, Option<SocketFile>) =
+        opened.map_err(|error| GatewayError::Serve(format!("listener: {error}")))?;
     let server = router.serve_with_incoming_shutdown(incoming, close.clone().cancelled_owned());
     tokio::pin!(server);
 
@@ -105,7 +124,8 @@ pub async fn serve(
 
 fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, GatewayError> {
     let limit = settings.max_message_bytes;
-    let inference = InferenceServiceServer::new(InferenceDoor::new(gateway.clone()))
+    let check = KeyCheck::new(Arc::clone(&settings.auth));
+    let inference = InferenceServiceServer::new(InferenceDoor::new(gateway.clone()).logging(settings.log_prompts))
         .max_decoding_message_size(limit)
         .max_encoding_message_size(limit);
     let moe_layer = MoeLayerServiceServer::new(MoeLayerDoor::new(gateway.clone()))
@@ -129,10 +149,18 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .add_service(inference)
-        .add_service(moe_layer)
-        .add_service(reflected().build_v1().map_err(reflection_failed)?)
-        .add_service(reflected().build_v1alpha().map_err(reflection_failed)?))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        // Before a message is read: who is not known costs no memory.
+        .add_service(InterceptedService::new(inference, check.clone()))
+        .add_service(InterceptedService::new(moe_layer, check.clone()))
+        .add_service(InterceptedService::new(
+            reflected().build_v1().map_err(reflection_failed)?,
+            check.clone(),
+        ))
+        .add_service(InterceptedService::new(
+            reflected().build_v1alpha().map_err(reflection_failed)?,
+            check,
+        )))
 }
 
 /// Of the whole server (the empty name) and of each service.

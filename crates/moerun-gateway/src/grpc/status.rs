@@ -115,6 +115,7 @@ impl<'a> Refusal<'a> {
                 Refusal::new("ANSWERS_FULL", Kind::TryAgain(Code::ResourceExhausted, RETRY_WHEN_FULL))
                     .with("limit_kib", limit_kib)
             }
+            GatewayError::Auth(error) => Refusal::new(error.reason(), Kind::Other(Code::Unauthenticated)),
             GatewayError::Engine(error) => Refusal::of_engine(error),
             GatewayError::EngineGone => Refusal::new("ENGINE_GONE", Kind::Other(Code::Internal)),
             GatewayError::Tokenizer { .. } => Refusal::new("TOKENIZER_FAILED", Kind::Other(Code::Internal)),

@@ -17,6 +17,7 @@ use moerun_gateway::{
 };
 use moerun_kernels::CpuPool;
 use moerun_model::{ExpertBank, Model};
+use moerun_process::{Address, Listener};
 use moerun_proto::v1::{
     self, inference_service_client::InferenceServiceClient, moe_layer_service_client::MoeLayerServiceClient,
 };
@@ -25,7 +26,7 @@ use moerun_testkit::RawFile;
 use moerun_types::{CombineMode, KvFormat, NumberFormat, Numerics};
 use moerun_weights::{Checkpoint, Needs};
 use serde_json::Value;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
@@ -34,6 +35,8 @@ pub(crate) const MAX_MESSAGE_BYTES: usize = 2 << 20;
 
 /// A running server; dropping it cuts everything off.
 pub(crate) struct Served {
+    /// `host:port`.
+    pub(crate) address: String,
     pub(crate) channel: Channel,
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) experts: Arc<GatedExperts>,
@@ -138,17 +141,21 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
         config_hash: checkpoint.config_hash(),
         served_name: "tiny".to_owned(),
         max_context,
+        max_answer_tokens: None,
     }));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
+    let listener = Listener::bind(&Address::parse("127.0.0.1:0").unwrap()).unwrap();
+    let address = listener.address().unwrap().to_string();
     let shutdown = CancellationToken::new();
     let settings = ServeSettings {
         max_message_bytes: MAX_MESSAGE_BYTES,
         drain_timeout: Duration::from_secs(20),
+        ..ServeSettings::default()
     };
     let server = tokio::spawn(serve(listener, gateway.clone(), settings, shutdown.clone()));
-    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+    let channel = channel.connect().await.unwrap();
     Served {
+        address,
         channel,
         gateway,
         experts,

@@ -3,6 +3,7 @@
 
 mod harness;
 
+mod abuse;
 mod errors;
 mod inference;
 mod moe_layer;

@@ -1,16 +1,22 @@
 //! `moerun serve` and `moerun gateway`: the doors on a socket until a signal comes.
 
+use std::sync::Arc;
+
 use anyhow::Context;
-use moerun_gateway::grpc::{self, ServeSettings};
-use moerun_process::{Exit, Shutdown};
-use tokio::net::TcpListener;
+use moerun_gateway::grpc::{self, LogPrompts, ServeSettings};
+use moerun_process::{Address, Exit, Shutdown};
+use moerun_transport::{ConnectionLimits, bind};
 use tokio_util::sync::CancellationToken;
 
+use super::warn_of_plaintext;
 use crate::{
     cli::{GatewayArgs, ServeArgs},
-    settings::{RoleFlags, Settings},
+    settings::{RoleFlags, Settings, SettingsError},
     stack::{Experts, Serving},
 };
+
+/// What would encrypt the gRPC door.
+const TLS_FLAGS: &str = "--grpc-tls-cert and --grpc-tls-key";
 
 /// Runs `moerun serve`.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
@@ -18,6 +24,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         workers: args.workers,
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
+        door: args.door.clone(),
         ..RoleFlags::default()
     };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::start)
@@ -29,6 +36,8 @@ pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
         worker: args.worker.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
+        cluster: args.cluster.clone(),
+        door: args.door.clone(),
         ..RoleFlags::default()
     };
     serve_experts(Settings::load(&args.serving, &role)?, Experts::connect)
@@ -39,34 +48,61 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
     let shutdown = Shutdown::on_signals().context("signals")?;
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
     // The address is taken before anything large is read, so that a port in use is said at once.
-    let address = &settings.grpc_addr;
-    let listener = runtime
-        .block_on(TcpListener::bind(address))
-        .with_context(|| format!("grpc_addr: cannot listen on {address}"))?;
-    let bound = listener.local_addr().context("grpc_addr")?;
+    let door = door(&settings)?;
+    let address = Address::parse(&settings.grpc_addr)
+        .map_err(|reason| SettingsError(format!("grpc_addr: {reason}, found {:?}", settings.grpc_addr)))?;
+    let listener = bind(&address, &door.protection, TLS_FLAGS).context("grpc_addr")?;
+    let bound = listener.address().context("grpc_addr")?;
+    if let Address::Unix(path) = &bound {
+        shutdown.remove_at_end(path.clone());
+    }
     let supervision = super::supervise(&settings, &shutdown)?;
     supervision.watch(runtime.handle());
     let serving = Serving::start(&settings, start(&settings)?)?;
     runtime.block_on(async {
         let drain = CancellationToken::new();
-        let door = grpc::serve(
-            listener,
-            serving.gateway.clone(),
-            ServeSettings::default(),
-            drain.clone(),
-        );
-        tokio::pin!(door);
+        let serving_door = grpc::serve(listener, serving.gateway.clone(), door, drain.clone());
+        tokio::pin!(serving_door);
         shutdown.begin();
         supervision.ready();
         super::print_ready(bound, supervision.address())?;
         tokio::select! {
-            ended = &mut door => return ended.map(|()| shutdown.exit()).map_err(anyhow::Error::from),
+            ended = &mut serving_door => return ended.map(|()| shutdown.exit()).map_err(anyhow::Error::from),
             () = shutdown.draining() => drain.cancel(),
         }
         tokio::select! {
-            ended = &mut door => ended?,
+            ended = &mut serving_door => ended?,
             () = shutdown.stopping() => {}
         }
         Ok(shutdown.exit())
+    })
+}
+
+/// Who may use the gRPC door.
+fn door(settings: &Settings) -> anyhow::Result<ServeSettings> {
+    let protection = settings.door_protection()?;
+    warn_of_plaintext("clients", settings.insecure && protection.tls().is_none());
+    let auth = settings.authenticator()?;
+    if auth.is_open() && protection.tls().is_some() && settings.grpc_tls_client_ca.is_none() {
+        tracing::warn!(
+            "no API keys are wanted: whoever reaches {} may use the model",
+            settings.grpc_addr
+        );
+    }
+    let log_prompts = if settings.log_prompts {
+        tracing::warn!("--log-prompts: what people ask and are told goes into the log, in full");
+        LogPrompts::Always
+    } else {
+        LogPrompts::Never
+    };
+    Ok(ServeSettings {
+        protection,
+        auth: Arc::new(auth),
+        connections: ConnectionLimits {
+            max_connections: settings.max_connections,
+            ..ConnectionLimits::default()
+        },
+        log_prompts,
+        ..ServeSettings::default()
     })
 }

@@ -8,10 +8,14 @@ use std::{
 use anyhow::{Context, bail};
 use futures::{Stream, StreamExt};
 use moerun_gateway::{ChatMessage, FinishReason, Prompt, SamplingOverrides, TextRequest};
-use moerun_process::WARNINGS_AND_PROGRESS;
+use moerun_process::{Address, WARNINGS_AND_PROGRESS};
 use moerun_proto::v1::{self, generate_request, inference_service_client::InferenceServiceClient};
+use moerun_transport::{ClientProtection, Dial};
 use serde_json::json;
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    metadata::{Ascii, MetadataValue},
+    transport::Channel,
+};
 
 use crate::{
     cli::GenerateArgs,
@@ -23,6 +27,7 @@ use crate::{
 pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let role = RoleFlags {
         workers: args.workers,
+        cluster: args.cluster.clone(),
         ..RoleFlags::default()
     };
     let mut settings = Settings::load(&args.serving, &role)?;
@@ -31,7 +36,7 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     let loading = Instant::now();
     match &args.connect {
         Some(address) => runtime.block_on(async {
-            let gateway = connect(address).await?;
+            let gateway = connect(address, &settings.client_protection()?).await?;
             let (connected, begun) = (loading.elapsed(), Instant::now());
             let pieces = ask_gateway(gateway, args).await?;
             print(args, connected, begun, pieces).await
@@ -99,21 +104,38 @@ async fn ask_here(serving: &Serving, args: &GenerateArgs) -> anyhow::Result<impl
     }))
 }
 
-async fn connect(address: &str) -> anyhow::Result<Channel> {
+/// A connection to a gateway, and how it was made: why it was refused is known there.
+struct Connected {
+    channel: Channel,
+    dial: Dial,
+}
+
+async fn connect(address: &str, protection: &ClientProtection) -> anyhow::Result<Connected> {
+    let wanted = || format!("--connect: wanted HOST:PORT, found {address:?}");
     let host = address.strip_prefix("http://").unwrap_or(address);
-    let endpoint = Endpoint::from_shared(format!("http://{host}"))
+    if host.starts_with("https://") && protection.tls().is_none() {
+        bail!("--connect {address}: wanted --tls-ca with it, the authorities that sign the gateway's certificate");
+    }
+    let host = Address::parse(host.strip_prefix("https://").unwrap_or(host))
         .ok()
-        .filter(|endpoint| endpoint.uri().port().is_some())
-        .with_context(|| format!("--connect: wanted HOST:PORT, found {address:?}"))?;
-    endpoint
+        .with_context(wanted)?;
+    let endpoint = Dial::endpoint(&host, protection).ok().with_context(wanted)?;
+    let dial = Dial::new(host, protection.clone());
+    let connecting = endpoint
         .connect_timeout(Duration::from_secs(5))
-        .connect()
-        .await
-        .with_context(|| format!("--connect: no gateway answers at {address}"))
+        .connect_with_connector(dial.clone())
+        .await;
+    match (connecting, dial.refusal()) {
+        (Err(_), Some(refusal)) => bail!("--connect: the gateway at {address}: {refusal}"),
+        (connecting, _) => Ok(Connected {
+            channel: connecting.with_context(|| format!("--connect: no gateway answers at {address}"))?,
+            dial,
+        }),
+    }
 }
 
 async fn ask_gateway(
-    gateway: Channel,
+    gateway: Connected,
     args: &GenerateArgs,
 ) -> anyhow::Result<impl Stream<Item = anyhow::Result<Piece>>> {
     if args.max_tokens == Some(0) {
@@ -144,14 +166,26 @@ async fn ask_gateway(
         ignore_eos: args.ignore_eos,
         ..v1::GenerateRequest::default()
     };
-    let refused = |status: tonic::Status| anyhow::anyhow!("{} ({:?})", status.message(), status.code());
-    let answer = InferenceServiceClient::new(gateway)
+    let Connected { channel, dial } = gateway;
+    let refused = move |status: tonic::Status| match dial.refusal() {
+        Some(refusal) => anyhow::anyhow!("the gateway: {refusal}"),
+        None => anyhow::anyhow!("{} ({:?})", status.message(), status.code()),
+    };
+    let mut request = tonic::Request::new(request);
+    if let Some(key) = &args.api_key {
+        let mut value: MetadataValue<Ascii> = format!("Bearer {}", key.trim())
+            .parse()
+            .map_err(|_| anyhow::anyhow!("--api-key: wanted a key in visible ASCII"))?;
+        value.set_sensitive(true);
+        request.metadata_mut().insert("authorization", value);
+    }
+    let answer = InferenceServiceClient::new(channel)
         .generate(request)
         .await
-        .map_err(refused)?
+        .map_err(&refused)?
         .into_inner();
     Ok(answer.map(move |response| {
-        let response = response.map_err(refused)?;
+        let response = response.map_err(&refused)?;
         let prompt_tokens = response.usage.map_or(0, |usage| usage.prompt_tokens as usize);
         let finish = match response.finish_reason() {
             v1::FinishReason::Stop => Some(("stop", prompt_tokens)),

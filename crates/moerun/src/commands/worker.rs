@@ -5,9 +5,11 @@ use std::borrow::Cow;
 use anyhow::Context;
 use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads};
 use moerun_routing::ShardSpec;
+use moerun_transport::ServerProtection;
 use moerun_worker::{Worker, WorkerConfig};
 use rustix::system::uname;
 
+use super::warn_of_plaintext;
 use crate::{
     cli::WorkerArgs,
     settings::{RoleFlags, Settings, SettingsError},
@@ -24,6 +26,7 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         shard: args.shard.clone(),
         replicas: args.replicas,
         experts: args.experts.clone(),
+        cluster: args.cluster.clone(),
         ..RoleFlags::default()
     };
     let mut settings = Settings::load(&args.serving, &role)?;
@@ -32,7 +35,15 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let cores = available_threads();
     // A gateway on this host computes too.
     let gateway_here = usize::from(Address::parse(&settings.listen).is_ok_and(|it| it.is_on_this_host()));
+    // A parent that starts us is on this host, and has no certificates for us.
+    let protection = if args.exit_with_parent {
+        ServerProtection::LoopbackOnly
+    } else {
+        settings.worker_protection()?
+    };
+    warn_of_plaintext("workers", settings.insecure && protection.tls().is_none());
     let config = WorkerConfig {
+        protection,
         patience: settings.spin.patience(threads + gateway_here, cores),
         weights: settings.weights,
         combine: settings.combine,

@@ -13,11 +13,13 @@ enum Form {
     Number,
     /// Texts with commas between.
     List,
+    /// `true` or `false`.
+    Truth,
 }
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 25] = [
+const VARIABLES: &[(&str, &str, Form)] = &[
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
@@ -45,12 +47,25 @@ const VARIABLES: [(&str, &str, Form); 25] = [
     ("MOERUN_SHARD", "shard", Form::Text),
     ("MOERUN_REPLICAS", "replicas", Form::Number),
     ("MOERUN_EXPERTS", "experts", Form::Text),
+    ("MOERUN_INSECURE", "insecure", Form::Truth),
+    ("MOERUN_TLS_CERT", "tls_cert", Form::Text),
+    ("MOERUN_TLS_KEY", "tls_key", Form::Text),
+    ("MOERUN_TLS_CA", "tls_ca", Form::Text),
+    ("MOERUN_ALLOW_PEER", "allow_peer", Form::List),
+    ("MOERUN_GRPC_TLS_CERT", "grpc_tls_cert", Form::Text),
+    ("MOERUN_GRPC_TLS_KEY", "grpc_tls_key", Form::Text),
+    ("MOERUN_GRPC_TLS_CLIENT_CA", "grpc_tls_client_ca", Form::Text),
+    ("MOERUN_API_KEYS", "api_keys", Form::Text),
+    ("MOERUN_API_KEY_LIST", "api_key_list", Form::Text),
+    ("MOERUN_MAX_CONNECTIONS", "max_connections", Form::Number),
+    ("MOERUN_MAX_ANSWER_TOKENS", "max_answer_tokens", Form::Number),
+    ("MOERUN_LOG_PROMPTS", "log_prompts", Form::Truth),
 ];
 
 /// Settings that variables give, by their names. An empty variable counts as unset.
 pub(super) fn settings(variable: impl Fn(&str) -> Option<String>) -> Result<Dict, SettingsError> {
     let mut settings = Dict::new();
-    for (name, key, form) in VARIABLES {
+    for &(name, key, form) in VARIABLES {
         let Some(text) = variable(name).filter(|text| !text.trim().is_empty()) else {
             continue;
         };
@@ -63,6 +78,11 @@ pub(super) fn settings(variable: impl Fn(&str) -> Option<String>) -> Result<Dict
                     .map_err(|_| SettingsError(format!("{name}: wanted a number, found {text:?}")))?;
                 Value::from(number)
             }
+            Form::Truth => match text.trim() {
+                "true" | "1" => Value::from(true),
+                "false" | "0" => Value::from(false),
+                other => return Err(SettingsError(format!("{name}: wanted true or false, found {other:?}"))),
+            },
             Form::List => Value::from(text.split(',').map(|item| item.trim().to_owned()).collect::<Vec<_>>()),
         };
         settings.insert(key.to_owned(), value);
@@ -88,6 +108,13 @@ mod tests {
         assert_eq!(
             with("MOERUN_WORKER", "a:1, b:2").unwrap()["worker"],
             Value::from(vec!["a:1", "b:2"])
+        );
+        assert_eq!(with("MOERUN_INSECURE", "1").unwrap()["insecure"], Value::from(true));
+        assert!(
+            with("MOERUN_INSECURE", "yes")
+                .unwrap_err()
+                .to_string()
+                .contains("MOERUN_INSECURE")
         );
         assert!(with("MOERUN_MAX_QUEUE", "").unwrap().is_empty());
         assert!(with("MOERUN_ISA", "avx2").unwrap().is_empty());
