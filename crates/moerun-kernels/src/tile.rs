@@ -50,7 +50,7 @@ impl<'a> SegmentSums<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Products<'a> {
     pub(crate) weights: &'a PackedMatrix,
-    pub(crate) x: &'a InterleavedRows,
+    pub(crate) x: &'a InterleavedRows<'a>,
     /// The column of `weights` that the first column of `x` meets.
     pub(crate) first_col: usize,
     pub(crate) segments: &'a [Range<usize>],

@@ -16,7 +16,7 @@ mod combine;
 mod testing;
 
 pub use combine::{CombineError, PartialSums, term_limit, terms_per_element};
-pub use gate::{GateError, Routing, select_experts};
+pub use gate::{GateError, GateMemory, Routing, select_experts, select_experts_into};
 pub use placement::{Placement, PlanError};
 pub use plan::{Assignment, WorkerBatch, whole_assignments};
 pub use shard::{ShardError, ShardItem, ShardSpec};

@@ -81,7 +81,7 @@ impl Golden {
     }
 
     fn whole_result(&self, numerics: Numerics) -> PartialSums {
-        let assignments = whole_assignments(&self.routing, self.num_blocks(numerics));
+        let assignments: Vec<_> = whole_assignments(&self.routing, self.num_blocks(numerics)).collect();
         let bank = self.shard(&ShardSpec::All, numerics);
         bank.execute(&pool(), self.layer, &self.activations(numerics), &assignments)
             .unwrap()
