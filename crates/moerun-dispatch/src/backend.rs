@@ -23,6 +23,20 @@ pub trait ExpertBackend: Send + Sync + std::fmt::Debug {
     /// Hands the work over and returns at once (as far as the transport lets it).
     fn submit(&self, request: ExpertRequest) -> Result<Box<dyn PendingExperts>, DispatchError>;
 
+    /// Runs the work at once where the experts are in this process, on the caller's threads: the combined sum, `[tokens,
+    /// hidden]`, comes into `output`, whatever that was, in its memory if that is enough. `None`, and nothing done, where they
+    /// are elsewhere.
+    fn run_here(
+        &self,
+        layer: LayerId,
+        activations: &Activations,
+        routing: &Routing,
+        output: &mut Array2<f32>,
+    ) -> Option<Result<(), DispatchError>> {
+        let _ = (layer, activations, routing, output);
+        None
+    }
+
     /// Whether the experts compute while the caller does something else, so that two requests under way by turns keep
     /// both sides busy.
     fn computes_elsewhere(&self) -> bool {

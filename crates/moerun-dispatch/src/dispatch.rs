@@ -377,7 +377,8 @@ impl Dispatch {
 
     /// All work of the layer but that of lost experts, whose weight goes to the others of the row.
     fn wanted(&self) -> Vec<Assignment> {
-        let mut work = whole_assignments(&self.routing, self.plan.placement.num_blocks().into());
+        let num_blocks = self.plan.placement.num_blocks().into();
+        let mut work: Vec<Assignment> = whole_assignments(&self.routing, num_blocks).collect();
         if self.lost.is_empty() {
             return work;
         }

@@ -318,7 +318,8 @@ mod tests {
                 routing_weights: vec![0.5; 6],
             },
             Case::new(1).plan.placement.num_blocks().into(),
-        );
+        )
+        .collect();
         let plan = || {
             let mut case = Case::new(4);
             let (plan, random) = (&case.plan, &mut case.random);

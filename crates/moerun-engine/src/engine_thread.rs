@@ -13,13 +13,16 @@ use crate::chunk::Chunk;
 use crate::handle::{Command, Shared};
 use crate::moe_layer::MoeLayerJob;
 use crate::scheduler::Scheduler;
-use crate::step::{ChunkAnswers, Compute, may_be_one_sequences_fault};
+use crate::step::{Compute, StepMemory, may_be_one_sequences_fault};
 use crate::{EngineError, EngineStats};
 
 /// The one owner of sequences, pages and cache.
 #[derive(Debug)]
 pub(crate) struct EngineThread {
     compute: Compute,
+    step_memory: StepMemory,
+    /// The step under way.
+    chunks: Vec<Chunk>,
     scheduler: Scheduler,
     kv: KvCache,
     moe_jobs: VecDeque<MoeLayerJob>,
@@ -44,6 +47,8 @@ impl EngineThread {
         let (moe_jobs, drains) = (VecDeque::new(), Vec::new());
         Self {
             compute,
+            step_memory: StepMemory::default(),
+            chunks: Vec::new(),
             scheduler,
             kv,
             moe_jobs,
@@ -62,8 +67,10 @@ impl EngineThread {
         while !self.shared.is_stopping() && self.receive() {
             self.remove_ended();
             self.run_moe_piece();
-            let chunks = self.scheduler.plan();
+            let mut chunks = std::mem::take(&mut self.chunks);
+            self.scheduler.plan(&mut chunks);
             self.run_chunks(&chunks);
+            self.chunks = chunks;
             self.remove_ended();
             self.publish();
             self.tell_drained();
@@ -133,8 +140,10 @@ impl EngineThread {
         if chunks.is_empty() {
             return;
         }
-        match (self.compute.run(self.scheduler.running(), chunks, &mut self.kv), chunks) {
-            (Ok(answers), _) => self.apply(chunks, answers),
+        let running = self.scheduler.running();
+        let answers = self.compute.run(&mut self.step_memory, running, chunks, &mut self.kv);
+        match (answers, chunks) {
+            (Ok(()), _) => self.apply(chunks),
             (Err(error), [chunk]) if !chunk.draft.is_empty() && may_be_one_sequences_fault(&error) => {
                 tracing::warn!(%error, drafted = chunk.draft.len(), "a step failed; running it without its draft");
                 self.run_chunks(&[chunk.without_draft()]);
@@ -153,8 +162,10 @@ impl EngineThread {
         }
     }
 
-    fn apply(&mut self, chunks: &[Chunk], answers: Vec<ChunkAnswers>) {
-        for (chunk, answers) in chunks.iter().zip(answers) {
+    /// Hands the answers of the last step to the sequences of `chunks`, which it ran.
+    fn apply(&mut self, chunks: &[Chunk]) {
+        for (index, chunk) in chunks.iter().enumerate() {
+            let answers = self.step_memory.answers_of(index);
             if let Err(error) = self.scheduler.take_in(chunk, answers) {
                 self.fail(chunk.sequence, error);
             }

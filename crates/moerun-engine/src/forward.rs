@@ -1,10 +1,12 @@
 //! One forward pass over a batch of rows: the only place that waits for experts.
 
+use std::ops::Range;
+
 use moerun_dispatch::{ExpertBackend, ExpertRequest, PendingExperts};
-use moerun_kernels::{CpuPool, flush_denormals};
+use moerun_kernels::{Activations, CpuPool, Workspace, flush_denormals};
 use moerun_model::{KvCache, Model, MoeInput, Routed, Step, StepSequence};
 use moerun_types::LayerId;
-use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use ndarray::{Array2, Axis, concatenate};
 
 use crate::EngineError;
 
@@ -19,103 +21,218 @@ pub trait Capture {
 /// Rows of a micro-batch at least: with fewer, reading the weights twice costs more than the overlap saves.
 const MICRO_BATCH_ROWS: usize = 32;
 
-/// Runs all layers on `token_ids` (`[tokens]`, laid out as `step` says) and returns the residual stream after the last
-/// layer, `[tokens, hidden]`, before the final norm.
-///
-/// Where the experts compute elsewhere and there are rows enough, they go in two micro-batches by turns: while the
-/// experts of one are under way, the other attends. The bits are those of one batch.
-pub fn forward_step(
-    pool: &CpuPool,
-    model: &Model,
-    experts: &dyn ExpertBackend,
-    token_ids: &[u32],
-    step: &Step<'_>,
-    kv: &mut KvCache,
-    mut capture: Option<&mut dyn Capture>,
-) -> Result<Array2<f32>, EngineError> {
-    debug_assert_eq!(token_ids.len(), step.tokens());
-    // The few element-wise operations outside the pool must round as those inside do.
-    flush_denormals();
-    let overlaps = experts.computes_elsewhere() && capture.is_none() && token_ids.len() >= 2 * MICRO_BATCH_ROWS;
-    let border = if overlaps { token_ids.len() / 2 } else { token_ids.len() };
-    let (first, second) = step.split(border);
-    let mut batches = vec![MicroBatch::new(model, &token_ids[..border], first)];
-    if overlaps {
-        batches.push(MicroBatch::new(model, &token_ids[border..], second));
-    }
-    for layer in (0..).map(LayerId).take(model.config().layers.len()) {
-        for batch in &mut batches {
-            batch.finish(model, &mut capture)?;
-            batch.begin(pool, model, experts, layer, kv, &mut capture)?;
-        }
-    }
-    for batch in &mut batches {
-        batch.finish(model, &mut capture)?;
-    }
-    let parts: Vec<ArrayView2<'_, f32>> = batches.iter().map(|batch| batch.hidden_states.view()).collect();
-    match parts[..] {
-        [_] => Ok(batches.swap_remove(0).hidden_states),
-        _ => Ok(concatenate(Axis(0), &parts).expect("all parts are `hidden` wide")),
+/// What computes a forward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Forward<'a> {
+    /// The threads, and memory for the length of a call.
+    pub pool: &'a CpuPool,
+    /// The transformer without its experts.
+    pub model: &'a Model,
+    /// The experts.
+    pub experts: &'a dyn ExpertBackend,
+}
+
+/// Memory of a forward pass; the next one uses it again, and asks for none if it is like one before.
+#[derive(Debug, Default)]
+pub struct ForwardMemory {
+    /// One, or two that go by turns.
+    batches: [BatchMemory; 2],
+    /// Residual stream after the last layer, where there were two.
+    joined: Option<Array2<f32>>,
+}
+
+impl ForwardMemory {
+    /// The residual stream after the last layer of the last pass, `[tokens, hidden]`; meaningless if that failed.
+    pub fn hidden_states(&self) -> &Array2<f32> {
+        self.joined.as_ref().unwrap_or(&self.batches[0].hidden_states)
     }
 }
 
-/// Rows that go through the layers together.
-struct MicroBatch<'a> {
-    sequences: Vec<StepSequence<'a>>,
+/// Memory of rows that go through the layers together.
+#[derive(Debug, Default)]
+struct BatchMemory {
     /// Residual stream, `[rows, hidden]`, without what is under way.
     hidden_states: Array2<f32>,
-    under_way: Option<UnderWay>,
-}
-
-/// A MoE block whose experts have been asked.
-struct UnderWay {
-    layer: LayerId,
-    experts: Box<dyn PendingExperts>,
+    /// What the layer's feed-forward is given.
+    input: MoeInput,
+    /// What it gives, `[rows, hidden]`.
+    output: Array2<f32>,
     /// Output of the shared experts, `[rows, hidden]`.
-    shared: Option<Array2<f32>>,
-    /// The block's input, if somebody looks on.
-    input: Option<MoeInput>,
+    shared: Array2<f32>,
 }
 
-impl<'a> MicroBatch<'a> {
-    fn new(model: &Model, token_ids: &[u32], sequences: Vec<StepSequence<'a>>) -> Self {
+impl Forward<'_> {
+    /// Runs all layers on `token_ids` (`[tokens]`, laid out as `step` says) and returns the residual stream after the
+    /// last layer, `[tokens, hidden]`, before the final norm.
+    ///
+    /// Where the experts compute elsewhere and there are rows enough, they go in two micro-batches by turns: while the
+    /// experts of one are under way, the other attends. The bits are those of one batch.
+    pub fn run<'m>(
+        &self,
+        memory: &'m mut ForwardMemory,
+        token_ids: &[u32],
+        step: &Step<'_>,
+        kv: &mut KvCache,
+        mut capture: Option<&mut dyn Capture>,
+    ) -> Result<&'m Array2<f32>, EngineError> {
+        debug_assert_eq!(token_ids.len(), step.tokens());
+        // The few element-wise operations outside the pool must round as those inside do.
+        flush_denormals();
+        let tokens = token_ids.len();
+        let overlaps = self.experts.computes_elsewhere() && capture.is_none() && tokens >= 2 * MICRO_BATCH_ROWS;
+        let border = if overlaps { tokens / 2 } else { tokens };
+        let workspace = self.pool.workspace();
+        let [first, second] = &mut memory.batches;
+        let mut first = self.begin_batch(&workspace, first, token_ids, step, 0..border);
+        let mut second = overlaps.then(|| self.begin_batch(&workspace, second, token_ids, step, border..tokens));
+        for layer in (0..).map(LayerId).take(self.model.config().layers.len()) {
+            for batch in std::iter::once(&mut first).chain(&mut second) {
+                batch.finish(self.model, &mut capture)?;
+                batch.begin(self, layer, kv, &mut capture)?;
+            }
+        }
+        for batch in std::iter::once(&mut first).chain(&mut second) {
+            batch.finish(self.model, &mut capture)?;
+        }
+        let [first, second] = &memory.batches;
+        memory.joined = overlaps.then(|| {
+            let parts = [first.hidden_states.view(), second.hidden_states.view()];
+            concatenate(Axis(0), &parts).expect("both parts are `hidden` wide")
+        });
+        Ok(memory.hidden_states())
+    }
+
+    /// Looks up the rows `rows` of the step.
+    fn begin_batch<'a>(
+        &self,
+        workspace: &'a Workspace<'_>,
+        memory: &'a mut BatchMemory,
+        token_ids: &[u32],
+        step: &Step<'a>,
+        rows: Range<usize>,
+    ) -> MicroBatch<'a> {
+        self.model.embed(&token_ids[rows.clone()], &mut memory.hidden_states);
         MicroBatch {
-            sequences,
-            hidden_states: model.embed(token_ids),
+            sequences: workspace.collect(step.part(rows)),
+            memory,
             under_way: None,
         }
     }
 
+    /// Output of a MoE block, shared experts included, `[tokens, hidden]`.
+    pub(crate) fn moe_block(&self, layer: LayerId, input: &mut MoeInput) -> Result<Array2<f32>, EngineError> {
+        let (mut output, mut shared) = (Array2::default((0, 0)), Array2::default((0, 0)));
+        let pending = self.begin_experts(layer, input, &mut output, &mut shared)?;
+        finish_experts(self.model, layer, pending, &mut output, &shared)?;
+        Ok(output)
+    }
+
+    /// Runs the experts, into `output`, or asks for them, and runs the shared ones, into `shared`, which those that are
+    /// elsewhere do not wait for.
+    fn begin_experts(
+        &self,
+        layer: LayerId,
+        input: &mut MoeInput,
+        output: &mut Array2<f32>,
+        shared: &mut Array2<f32>,
+    ) -> Result<Option<Box<dyn PendingExperts>>, EngineError> {
+        let pending = match self.experts.run_here(layer, &input.activations, &input.routing, output) {
+            Some(done) => {
+                done?;
+                None
+            }
+            None => {
+                // They take the rounded rows and the choice away with them.
+                let format = input.activations.format();
+                let request = ExpertRequest {
+                    layer,
+                    activations: std::mem::replace(&mut input.activations, Activations::empty(format)),
+                    routing: std::mem::take(&mut input.routing),
+                };
+                Some(self.experts.submit(request)?)
+            }
+        };
+        if self.model.has_shared_experts(layer) {
+            self.model.shared_output(self.pool, layer, &input.hidden_states, shared);
+        }
+        Ok(pending)
+    }
+}
+
+/// Waits for the experts if they are under way; `output` is then that of the block, shared experts included.
+fn finish_experts(
+    model: &Model,
+    layer: LayerId,
+    pending: Option<Box<dyn PendingExperts>>,
+    output: &mut Array2<f32>,
+    shared: &Array2<f32>,
+) -> Result<(), EngineError> {
+    if let Some(pending) = pending {
+        *output = pending.wait()?.hidden_states;
+    }
+    if model.has_shared_experts(layer) {
+        *output += shared;
+    }
+    Ok(())
+}
+
+/// Rows that go through the layers together.
+struct MicroBatch<'a> {
+    sequences: &'a [StepSequence<'a>],
+    memory: &'a mut BatchMemory,
+    under_way: Option<UnderWay>,
+}
+
+/// A MoE block whose experts have run or been asked.
+struct UnderWay {
+    layer: LayerId,
+    /// None if they have run.
+    experts: Option<Box<dyn PendingExperts>>,
+    /// The block's input, if somebody looks on.
+    input: Option<MoeInput>,
+}
+
+impl MicroBatch<'_> {
     /// Attention and gate of a layer; then its dense feed-forward, or its experts are asked, and the shared ones run
     /// meanwhile.
     fn begin(
         &mut self,
-        pool: &CpuPool,
-        model: &Model,
-        experts: &dyn ExpertBackend,
+        forward: &Forward<'_>,
         layer: LayerId,
         kv: &mut KvCache,
         capture: &mut Option<&mut dyn Capture>,
     ) -> Result<(), EngineError> {
+        let &Forward { pool, model, .. } = forward;
         let step = Step {
-            sequences: &self.sequences,
+            sequences: self.sequences,
         };
-        model.attend(pool, layer, &step, kv, &mut self.hidden_states);
+        let BatchMemory {
+            hidden_states,
+            input,
+            output,
+            shared,
+        } = &mut *self.memory;
+        model.attend(pool, layer, &step, kv, hidden_states);
         let routed = model
-            .route(pool, layer, &self.hidden_states)
+            .route(pool, layer, hidden_states, input)
             .map_err(|error| EngineError::Model(error.to_string()))?;
         match routed {
-            Routed::Dense(normed) => {
-                let output = model.dense_output(pool, layer, &normed);
-                model.finish(&mut self.hidden_states, &output);
+            Routed::Dense => {
+                model.dense_output(pool, layer, &input.hidden_states, output);
+                model.finish(hidden_states, output);
                 if let Some(capture) = capture {
-                    capture.layer_output(layer, &self.hidden_states);
+                    capture.layer_output(layer, hidden_states);
                 }
             }
-            Routed::Moe(input) => {
-                // The experts take the rounded rows away with them, so a capture keeps a copy.
+            Routed::Moe => {
+                // The experts may take the rounded rows away with them, so a capture keeps a copy.
                 let kept = capture.is_some().then(|| input.clone());
-                self.under_way = Some(UnderWay::begin(pool, model, experts, layer, input, kept)?);
+                let experts = forward.begin_experts(layer, input, output, shared)?;
+                self.under_way = Some(UnderWay {
+                    layer,
+                    experts,
+                    input: kept,
+                });
             }
         }
         Ok(())
@@ -123,63 +240,21 @@ impl<'a> MicroBatch<'a> {
 
     /// Waits for the experts that are under way and adds what they give.
     fn finish(&mut self, model: &Model, capture: &mut Option<&mut dyn Capture>) -> Result<(), EngineError> {
-        let Some(UnderWay {
-            layer,
-            experts,
-            shared,
-            input,
-        }) = self.under_way.take()
-        else {
+        let Some(UnderWay { layer, experts, input }) = self.under_way.take() else {
             return Ok(());
         };
-        let output = model.moe_output(experts.wait()?.hidden_states, shared);
-        model.finish(&mut self.hidden_states, &output);
+        let BatchMemory {
+            hidden_states,
+            output,
+            shared,
+            ..
+        } = &mut *self.memory;
+        finish_experts(model, layer, experts, output, shared)?;
+        model.finish(hidden_states, output);
         if let (Some(capture), Some(input)) = (capture, input) {
-            capture.moe(layer, &input, &output);
-            capture.layer_output(layer, &self.hidden_states);
+            capture.moe(layer, &input, output);
+            capture.layer_output(layer, hidden_states);
         }
         Ok(())
     }
-}
-
-impl UnderWay {
-    fn begin(
-        pool: &CpuPool,
-        model: &Model,
-        experts: &dyn ExpertBackend,
-        layer: LayerId,
-        input: MoeInput,
-        kept: Option<MoeInput>,
-    ) -> Result<Self, EngineError> {
-        let MoeInput {
-            hidden_states,
-            activations,
-            routing,
-            ..
-        } = input;
-        let experts = experts.submit(ExpertRequest {
-            layer,
-            activations,
-            routing,
-        })?;
-        let shared = model.shared_output(pool, layer, &hidden_states);
-        Ok(UnderWay {
-            layer,
-            experts,
-            shared,
-            input: kept,
-        })
-    }
-}
-
-/// Output of a MoE block, shared experts included, `[tokens, hidden]`: they run while the routed ones are under way.
-pub(crate) fn run_moe_block(
-    pool: &CpuPool,
-    model: &Model,
-    experts: &dyn ExpertBackend,
-    layer: LayerId,
-    input: MoeInput,
-) -> Result<Array2<f32>, EngineError> {
-    let UnderWay { experts, shared, .. } = UnderWay::begin(pool, model, experts, layer, input, None)?;
-    Ok(model.moe_output(experts.wait()?.hidden_states, shared))
 }

@@ -23,7 +23,7 @@ mod sampler;
 mod step;
 
 pub use engine::{Engine, EngineConfig, EngineStats};
-pub use forward::{Capture, forward_step};
+pub use forward::{Capture, Forward, ForwardMemory};
 pub use handle::EngineHandle;
 pub use request::{
     EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, MoeLayerRequest, SamplingParams,

@@ -7,7 +7,6 @@ use moerun_types::LayerId;
 use ndarray::{Array2, Axis, Slice};
 use tokio::sync::oneshot;
 
-use crate::forward::run_moe_block;
 use crate::reply::{QueuePlace, RowsReply};
 use crate::step::{Compute, guarded};
 use crate::{EngineError, MoeLayerRequest};
@@ -75,11 +74,11 @@ impl MoeLayerJob {
     }
 
     fn run_rows(&self, compute: &Compute, input: Array2<f32>) -> Result<Array2<f32>, EngineError> {
-        let Compute { model, experts, pool } = compute;
-        let input = model
-            .route_moe_input(pool, self.layer, input)
+        let mut input = compute
+            .model
+            .route_moe_input(&compute.pool, self.layer, input)
             .map_err(|error| EngineError::Model(error.to_string()))?;
-        run_moe_block(pool, model, &**experts, self.layer, input)
+        compute.as_forward().moe_block(self.layer, &mut input)
     }
 
     /// Whether the client went away.

@@ -4,7 +4,7 @@
 //! top-p; the golden continuations come from transformers, and min-p compares with the best token alone, so only
 //! top-p's share of the mass depends on the order.) Equal logits are ranked by id, lower first, so every cut is exact.
 
-use std::borrow::Cow;
+use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::HashSet;
 
@@ -43,25 +43,36 @@ pub(crate) fn sample(
     position: usize,
 ) -> Result<u32, EngineError> {
     check(logits, position)?;
-    let logits = penalise(logits, seen, params.repetition_penalty);
-    let best = argmax(&logits);
-    if params.temperature == 0.0 {
-        return Ok(best.id);
-    }
-    let weights = Weights {
-        best: best.logit,
-        temperature: f64::from(params.temperature),
-    };
-    let mut candidates: Vec<Candidate> = (0..)
-        .zip(logits.iter())
-        .map(|(id, &logit)| Candidate { id, logit })
-        .collect();
-    keep_top_k(&mut candidates, params.top_k);
-    keep_top_p(&mut candidates, params.top_p, weights);
-    keep_min_p(&mut candidates, params.min_p, weights);
-    // By id, so that neither sums nor the draw depend on how the cuts above order their survivors.
-    candidates.sort_unstable_by_key(|candidate| candidate.id);
-    Ok(draw(&candidates, weights, uniform(params.seed, position)))
+    MEMORY.with_borrow_mut(|Memory { penalised, candidates }| {
+        let logits = penalise(logits, seen, params.repetition_penalty, penalised);
+        let best = argmax(logits);
+        if params.temperature == 0.0 {
+            return Ok(best.id);
+        }
+        let weights = Weights {
+            best: best.logit,
+            temperature: f64::from(params.temperature),
+        };
+        candidates.clear();
+        candidates.extend((0..).zip(logits).map(|(id, &logit)| Candidate { id, logit }));
+        keep_top_k(candidates, params.top_k);
+        keep_top_p(candidates, params.top_p, weights);
+        keep_min_p(candidates, params.min_p, weights);
+        // By id, so that neither sums nor the draw depend on how the cuts above order their survivors.
+        candidates.sort_unstable_by_key(|candidate| candidate.id);
+        Ok(draw(candidates, weights, uniform(params.seed, position)))
+    })
+}
+
+/// What a thread works with on one row of logits, used again by the next.
+#[derive(Default)]
+struct Memory {
+    penalised: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+thread_local! {
+    static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
 /// Log-probability of `chosen`, then of the `top` likeliest tokens in descending order, from the model's own
@@ -122,27 +133,28 @@ fn check(logits: &[f32], position: usize) -> Result<(), EngineError> {
 }
 
 /// Divides positive and multiplies negative logits of tokens that were seen, each once.
-fn penalise<'a>(logits: &'a [f32], seen: &HashSet<u32>, penalty: f32) -> Cow<'a, [f32]> {
+fn penalise<'a>(logits: &'a [f32], seen: &HashSet<u32>, penalty: f32, penalised: &'a mut Vec<f32>) -> &'a [f32] {
     if penalty == 1.0 {
-        return Cow::Borrowed(logits);
+        return logits;
     }
-    let mut logits = logits.to_vec();
+    penalised.clear();
+    penalised.extend_from_slice(logits);
     for &id in seen {
-        if let Some(logit) = logits.get_mut(id as usize) {
-            let penalised = if *logit < 0.0 {
+        if let Some(logit) = penalised.get_mut(id as usize) {
+            let changed = if *logit < 0.0 {
                 *logit * penalty
             } else {
                 *logit / penalty
             };
             // An extreme penalty must not make a token certain, nor a possible one impossible.
             *logit = if logit.is_finite() {
-                penalised.clamp(f32::MIN, f32::MAX)
+                changed.clamp(f32::MIN, f32::MAX)
             } else {
                 *logit
             };
         }
     }
-    Cow::Owned(logits)
+    penalised
 }
 
 fn argmax(logits: &[f32]) -> Candidate {

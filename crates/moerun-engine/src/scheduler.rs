@@ -64,27 +64,28 @@ impl Scheduler {
     }
 
     /// Decides the next step; empty if nothing can run. At most one chunk per sequence, and at most
-    /// `max_batch_tokens` positions in all.
-    pub(crate) fn plan(&mut self) -> Vec<Chunk> {
+    /// `max_batch_tokens` positions in all. They come into `chunks`, whatever that was before.
+    pub(crate) fn plan(&mut self, chunks: &mut Vec<Chunk>) {
         self.restart_long_sequences();
         let preempted = self.grow();
-        let mut chunks = Vec::new();
+        chunks.clear();
         let mut budget = self.config.max_batch_tokens;
-        let (decode, prefill): (Vec<usize>, Vec<usize>) =
-            (0..self.running.len()).partition(|&index| self.running[index].pending() == 1);
-        for index in decode.into_iter().chain(prefill) {
-            budget -= self.plan_chunk(index, budget, &mut chunks);
+        for decodes in [true, false] {
+            for index in 0..self.running.len() {
+                if (self.running[index].pending() == 1) == decodes {
+                    budget -= self.plan_chunk(index, budget, chunks);
+                }
+            }
         }
         // Pages were short a moment ago: a newcomer would only be preempted in its turn.
         while !preempted && budget > 0 && self.admit() {
-            budget -= self.plan_chunk(self.running.len() - 1, budget, &mut chunks);
+            budget -= self.plan_chunk(self.running.len() - 1, budget, chunks);
         }
         // Last, so that a guess never takes a row that somebody certainly needs.
-        for chunk in &mut chunks {
+        for chunk in chunks {
             self.draft(chunk, budget);
             budget -= chunk.draft.len();
         }
-        chunks
     }
 
     /// Plans up to `budget` positions of one sequence and returns how many.

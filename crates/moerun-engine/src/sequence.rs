@@ -181,16 +181,17 @@ impl Sequence {
 
     /// Positions of `chunk` whose logits are wanted, ascending: drafted ones too, each the next token's if all drafted
     /// before it are right. `chunk` starts where the cache ends.
-    pub(crate) fn logits_wanted(&self, chunk: &Chunk) -> Vec<usize> {
+    pub(crate) fn logits_wanted(&self, chunk: &Chunk) -> impl Iterator<Item = usize> {
         let Range { end, .. } = chunk.positions;
-        match &self.task {
-            Task::Generate(_) if end == self.tokens.len() => (end - 1..end + chunk.draft.len()).collect(),
-            Task::Generate(_) => Vec::new(),
+        let (next, asked): (Range<usize>, &[usize]) = match &self.task {
+            Task::Generate(_) if end == self.tokens.len() => (end - 1..end + chunk.draft.len(), &[]),
+            Task::Generate(_) => (0..0, &[]),
             Task::Forward(logits) => {
                 let open = &logits.positions[logits.answered..];
-                open[..open.partition_point(|&position| position < end)].to_vec()
+                (0..0, &open[..open.partition_point(|&position| position < end)])
             }
-        }
+        };
+        next.chain(asked.iter().copied())
     }
 
     /// Takes in what a step found out about `chunk`, in the order of [`Sequence::logits_wanted`], and tells the client.

@@ -5,15 +5,14 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use moerun_dispatch::{DispatchError, ExpertBackend};
 use moerun_kernels::CpuPool;
 use moerun_model::{KvCache, Model, Step, StepSequence};
-use ndarray::{Array2, ArrayView1, Axis};
 
 use crate::chunk::Chunk;
-use crate::forward::forward_step;
+use crate::forward::{Forward, ForwardMemory};
 use crate::sampler;
 use crate::sequence::{Answer, Generation, Sequence, Task};
 use crate::{EngineError, LogprobEntry, SamplingParams};
@@ -32,11 +31,26 @@ pub(crate) struct Compute {
     pub(crate) pool: Arc<CpuPool>,
 }
 
-/// Answers to the rows of one chunk that want it, in order of position: each the answer or why there is none.
-pub(crate) type ChunkAnswers = Vec<Result<Answer, EngineError>>;
+/// Memory of a step; the next one uses it again, and asks for none if it is like one before.
+#[derive(Debug, Default)]
+pub(crate) struct StepMemory {
+    forward: ForwardMemory,
+    token_ids: Vec<u32>,
+    wanted: Vec<WantedRow>,
+    /// By chunk, in order of position: each the answer or why there is none.
+    answers: Vec<Vec<Result<Answer, EngineError>>>,
+}
+
+impl StepMemory {
+    /// Takes out the last step's answers to the rows of chunk `chunk` that wanted one, in order of position: each the
+    /// answer or why there is none.
+    pub(crate) fn answers_of(&mut self, chunk: usize) -> impl Iterator<Item = Result<Answer, EngineError>> {
+        self.answers[chunk].drain(..)
+    }
+}
 
 /// A row of the batch whose logits are wanted.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct WantedRow {
     /// Row of the batch.
     row: usize,
@@ -44,90 +58,112 @@ struct WantedRow {
     chunk: usize,
     /// Its absolute position.
     position: usize,
+    answer: Option<Result<Answer, EngineError>>,
 }
 
 impl Compute {
-    /// Runs `chunks` of `running` and answers the rows that want it, chunk by chunk. Changes nothing but the cache, at the chunks' own positions, so a step that failed can be run again.
-    /// A panic comes back as an error.
+    /// What computes, lent.
+    pub(crate) fn as_forward(&self) -> Forward<'_> {
+        Forward {
+            pool: &self.pool,
+            model: &self.model,
+            experts: &*self.experts,
+        }
+    }
+
+    /// Runs `chunks` of `running` and answers the rows that want it ([`StepMemory::answers_of`]). Changes nothing but the cache, at the
+    /// chunks' own positions, so a step that failed can be run again. A panic comes back as an error.
     pub(crate) fn run(
         &self,
+        memory: &mut StepMemory,
         running: &[Sequence],
         chunks: &[Chunk],
         kv: &mut KvCache,
-    ) -> Result<Vec<ChunkAnswers>, EngineError> {
+    ) -> Result<(), EngineError> {
         // A step that unwinds leaves behind only keys and values at positions that nobody reads before they are
-        // written again.
+        // written again, and memory whose contents nobody reads.
         guarded(AssertUnwindSafe(|| {
-            let (hidden_states, wanted) = self.forward(running, chunks, kv)?;
-            Ok(self.answer(running, chunks, &hidden_states, &wanted))
+            self.forward(memory, running, chunks, kv)?;
+            self.answer(memory, running, chunks);
+            Ok(())
         }))
     }
 
-    /// Lays the chunks out as one batch and runs all layers, `[tokens, hidden]`.
+    /// Lays the chunks out as one batch, runs all layers and answers.
     fn forward(
         &self,
+        memory: &mut StepMemory,
         running: &[Sequence],
         chunks: &[Chunk],
         kv: &mut KvCache,
-    ) -> Result<(Array2<f32>, Vec<WantedRow>), EngineError> {
-        let mut token_ids = Vec::new();
-        let mut sequences = Vec::with_capacity(chunks.len());
-        let mut wanted = Vec::new();
-        for (index, chunk) in chunks.iter().enumerate() {
+    ) -> Result<(), EngineError> {
+        let StepMemory {
+            forward,
+            token_ids,
+            wanted,
+            ..
+        } = memory;
+        token_ids.clear();
+        wanted.clear();
+        let workspace = self.pool.workspace();
+        let sequences = workspace.collect(chunks.iter().enumerate().map(|(index, chunk)| {
             let sequence = &running[chunk.sequence];
             let Range { start, end } = chunk.positions;
             let first_row = token_ids.len();
             token_ids.extend_from_slice(&sequence.tokens[start..end]);
             token_ids.extend_from_slice(&chunk.draft);
-            sequences.push(StepSequence {
+            wanted.extend(sequence.logits_wanted(chunk).map(|position| WantedRow {
+                row: first_row + position - start,
+                chunk: index,
+                position,
+                answer: None,
+            }));
+            StepSequence {
                 rows: first_row..token_ids.len(),
                 first_position: start,
                 start_position: 0,
                 pages: &sequence.pages,
                 rope_length: sequence.rope_length,
-            });
-            wanted.extend(sequence.logits_wanted(chunk).into_iter().map(|position| WantedRow {
-                row: first_row + position - start,
-                chunk: index,
-                position,
-            }));
-        }
-        let step = Step { sequences: &sequences };
-        let hidden_states = forward_step(&self.pool, &self.model, &*self.experts, &token_ids, &step, kv, None)?;
-        Ok((hidden_states, wanted))
+            }
+        }));
+        let step = Step { sequences };
+        self.as_forward().run(forward, token_ids, &step, kv, None)?;
+        Ok(())
     }
 
     /// Logits of the rows that are wanted, and what their sequences make of them.
-    fn answer(
-        &self,
-        running: &[Sequence],
-        chunks: &[Chunk],
-        hidden_states: &Array2<f32>,
-        wanted: &[WantedRow],
-    ) -> Vec<ChunkAnswers> {
-        let mut answers: Vec<ChunkAnswers> = chunks.iter().map(|_| Vec::new()).collect();
-        for piece in wanted.chunks(LOGITS_ROWS) {
-            let rows: Vec<usize> = piece.iter().map(|wanted| wanted.row).collect();
-            let normed = self.model.final_norm(&hidden_states.select(Axis(0), &rows)); // [piece, hidden]
-            let logits = self.model.logits(&self.pool, &normed); // [piece, vocab]
-            let results: Vec<OnceLock<Result<Answer, EngineError>>> = piece.iter().map(|_| OnceLock::new()).collect();
-            self.pool.run(piece.len(), &|row| {
-                let WantedRow { chunk, position, .. } = piece[row];
-                let chunk = &chunks[chunk];
-                let answer = answer_row(&running[chunk.sequence].task, chunk, logits.row(row), position);
-                results[row].set(answer).expect("each task runs once");
-            });
-            for (wanted, result) in piece.iter().zip(results) {
-                answers[wanted.chunk].push(result.into_inner().expect("every task ran"));
-            }
+    fn answer(&self, memory: &mut StepMemory, running: &[Sequence], chunks: &[Chunk]) {
+        let StepMemory {
+            forward,
+            wanted,
+            answers,
+            ..
+        } = memory;
+        if answers.len() < chunks.len() {
+            answers.resize_with(chunks.len(), Vec::new);
         }
-        answers
+        answers.iter_mut().for_each(Vec::clear);
+        for piece in wanted.chunks_mut(LOGITS_ROWS) {
+            let workspace = self.pool.workspace();
+            let rows = piece.iter().map(|wanted| wanted.row);
+            let logits = self.model.logits_of_rows(&workspace, forward.hidden_states(), rows); // [piece, vocab]
+            let vocab = logits.ncols();
+            let logits = logits.as_slice().expect("rows of logits lie one after another");
+            let rows = piece.iter_mut().zip(logits.chunks(vocab.max(1)));
+            self.pool.for_each(workspace.collect(rows), |(wanted, logits)| {
+                let chunk = &chunks[wanted.chunk];
+                let task = &running[chunk.sequence].task;
+                wanted.answer = Some(answer_row(task, chunk, logits, wanted.position));
+            });
+        }
+        for wanted in wanted {
+            answers[wanted.chunk].push(wanted.answer.take().expect("every row was answered"));
+        }
     }
 }
 
 /// What a sequence makes of the logits at `position` of its chunk, `[vocab]`.
-fn answer_row(task: &Task, chunk: &Chunk, logits: ArrayView1<'_, f32>, position: usize) -> Result<Answer, EngineError> {
-    let logits = logits.to_slice().expect("a row of logits is contiguous");
+fn answer_row(task: &Task, chunk: &Chunk, logits: &[f32], position: usize) -> Result<Answer, EngineError> {
     match task {
         Task::Forward(_) => Ok(Answer::Logits(logits.to_vec())),
         Task::Generate(Generation {

@@ -1,15 +1,13 @@
 //! Activations as a kernel eats them: rounded once, to what the weights they will meet ask for.
 
+mod rows;
+
 use moerun_types::{ActivationFormat, QUANTIZED_BLOCK};
 use ndarray::{Array2, ArrayView2};
 
-use crate::{
-    Isa,
-    bf16::{from_bf16, to_bf16},
-    isa::Kernel,
-    quantize::quantize_activations,
-    simd::Simd,
-};
+pub use self::rows::ActivationRows;
+use self::rows::{round_bf16, round_int8};
+use crate::bf16::from_bf16;
 
 /// Rows of activations, `[rows, cols]`, row-major, rounded to a number format.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,41 +63,64 @@ pub enum ActivationsError {
 }
 
 impl Activations {
+    /// No rows, in `format`.
+    pub fn empty(format: ActivationFormat) -> Self {
+        let (rows, cols) = (0, 0);
+        match format {
+            ActivationFormat::F32 => Activations::F32 {
+                rows,
+                cols,
+                data: Vec::new(),
+            },
+            ActivationFormat::Bf16 => Activations::Bf16 {
+                rows,
+                cols,
+                data: Vec::new(),
+            },
+            ActivationFormat::Int8 => Activations::Int8 {
+                rows,
+                cols,
+                codes: Vec::new(),
+                scales: Vec::new(),
+            },
+        }
+    }
+
     /// Rounds `x`, `[rows, cols]`, to `format`. A NaN stays a NaN.
     pub fn round(format: ActivationFormat, x: ArrayView2<'_, f32>) -> Self {
-        let (rows, cols) = x.dim();
-        match format {
-            ActivationFormat::F32 => {
-                let data = x
-                    .as_slice()
-                    .map_or_else(|| x.iter().copied().collect(), <[f32]>::to_vec);
-                Activations::F32 { rows, cols, data }
-            }
-            ActivationFormat::Bf16 => {
-                let mut data = vec![0; rows * cols];
+        let mut rounded = Activations::empty(format);
+        rounded.replace(x);
+        rounded
+    }
+
+    /// Becomes `x`, `[rows, cols]`, rounded to the format that it has, in the memory that it has if that is enough.
+    pub fn replace(&mut self, x: ArrayView2<'_, f32>) {
+        match self {
+            Activations::F32 { rows, cols, data } => {
+                (*rows, *cols) = x.dim();
+                data.clear();
                 match x.as_slice() {
-                    Some(x) => Isa::current().dispatch(RoundBf16 { x, out: &mut data }),
-                    None => data.iter_mut().zip(x).for_each(|(out, &value)| *out = to_bf16(value)),
+                    Some(x) => data.extend_from_slice(x),
+                    None => data.extend(x.iter()),
                 }
-                Activations::Bf16 { rows, cols, data }
             }
-            ActivationFormat::Int8 => {
-                let blocks = cols.div_ceil(QUANTIZED_BLOCK);
-                let mut codes = vec![[0; QUANTIZED_BLOCK]; rows * blocks];
-                let mut scales = vec![0.0; rows * blocks];
-                let x = x.as_standard_layout();
-                Isa::current().dispatch(RoundInt8 {
-                    x: x.as_slice().expect("standard layout"),
-                    cols,
-                    codes: &mut codes,
-                    scales: &mut scales,
-                });
-                Activations::Int8 {
-                    rows,
-                    cols,
-                    codes,
-                    scales,
-                }
+            Activations::Bf16 { rows, cols, data } => {
+                (*rows, *cols) = x.dim();
+                data.resize(x.len(), 0);
+                round_bf16(x, data);
+            }
+            Activations::Int8 {
+                rows,
+                cols,
+                codes,
+                scales,
+            } => {
+                (*rows, *cols) = x.dim();
+                let blocks = *rows * cols.div_ceil(QUANTIZED_BLOCK);
+                codes.clear();
+                codes.resize(blocks, [0; QUANTIZED_BLOCK]);
+                scales.resize(blocks, 0.0);
+                round_int8(x, codes, scales);
             }
         }
     }
@@ -161,7 +182,7 @@ impl Activations {
             parts.iter().all(|part| part.format() == format && part.cols() == cols),
             "parts of one format and width"
         );
-        let mut all = Activations::round(format, ArrayView2::from(&[] as &[[f32; 0]; 0]));
+        let mut all = Activations::empty(format);
         let total = parts.iter().map(|part| part.rows()).sum();
         for part in parts {
             match (&mut all, part) {
@@ -305,35 +326,6 @@ impl Activations {
     }
 }
 
-struct RoundInt8<'a> {
-    x: &'a [f32],
-    cols: usize,
-    codes: &'a mut [[i8; QUANTIZED_BLOCK]],
-    scales: &'a mut [f32],
-}
-
-impl Kernel for RoundInt8<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
-        let blocks = self
-            .x
-            .chunks(self.cols.max(1))
-            .flat_map(|row| row.chunks(QUANTIZED_BLOCK));
-        for ((values, codes), scale) in blocks.zip(self.codes).zip(self.scales) {
-            *scale = match values.as_array() {
-                Some(values) => quantize_activations(values, codes),
-                None => {
-                    let mut padded = [0.0; QUANTIZED_BLOCK];
-                    padded[..values.len()].copy_from_slice(values);
-                    quantize_activations(&padded, codes)
-                }
-            };
-        }
-    }
-}
-
 fn row_of<T>(data: &[T], cols: usize, row: u32) -> &[T] {
     &data[row as usize * cols..(row as usize + 1) * cols]
 }
@@ -344,22 +336,6 @@ fn select<T: Copy>(data: &[T], cols: usize, rows: &[u32]) -> Vec<T> {
         selected.extend_from_slice(row_of(data, cols, row));
     }
     selected
-}
-
-struct RoundBf16<'a> {
-    x: &'a [f32],
-    out: &'a mut [u16],
-}
-
-impl Kernel for RoundBf16<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _simd: S) {
-        for (out, &value) in self.out.iter_mut().zip(self.x) {
-            *out = to_bf16(value);
-        }
-    }
 }
 
 #[cfg(test)]

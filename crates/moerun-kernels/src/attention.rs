@@ -118,8 +118,10 @@ impl Attention<'_> {
         }
         let visible: usize = rows.iter().map(|row| row.end_key - row.first_key).sum();
         let work = visible * num_heads * (kv.shape().key_dim + kv.shape().value_dim);
+        let workspace = pool.workspace();
         let plan = Plan::new(
             isa,
+            &workspace,
             pool.threads(),
             rows,
             num_heads / kv.shape().kv_heads,

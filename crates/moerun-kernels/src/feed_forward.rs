@@ -11,7 +11,7 @@ use ndarray::ArrayViewMut2;
 
 use self::intermediate::{Wanted, intermediates};
 use crate::{
-    Activations, CpuPool, Isa, PackedMatrix,
+    ActivationRows, CpuPool, Isa, PackedMatrix, Workspace,
     interleaved::InterleavedRows,
     row_products::{RowProducts, Store, sum_exact, sum_f32},
     tile::Products,
@@ -70,17 +70,23 @@ pub struct ExactTermError {
 
 /// `out = feed_forward(x)`, `[tokens, hidden]`: down products accumulate over the whole intermediate dimension in f32,
 /// then the down bias is added. Panics if shapes or formats differ.
-pub fn dense_feed_forward(pool: &CpuPool, weights: &FeedForward, x: &Activations, out: ArrayViewMut2<'_, f32>) {
-    dense_feed_forward_on(Isa::current(), pool, weights, x, out);
+pub fn dense_feed_forward<'a>(
+    pool: &CpuPool,
+    weights: &FeedForward,
+    x: impl Into<ActivationRows<'a>>,
+    out: ArrayViewMut2<'_, f32>,
+) {
+    dense_feed_forward_on(Isa::current(), pool, weights, x.into(), out);
 }
 
 fn dense_feed_forward_on(
     isa: Isa,
     pool: &CpuPool,
     weights: &FeedForward,
-    x: &Activations,
+    x: ActivationRows<'_>,
     mut out: ArrayViewMut2<'_, f32>,
 ) {
+    let workspace = pool.workspace();
     weights.check(x);
     let hidden = weights.down_proj.rows();
     assert_eq!(out.dim(), (x.rows(), hidden), "shape of the output");
@@ -91,7 +97,7 @@ fn dense_feed_forward_on(
         input_factors: None,
         cols: cols.clone(),
     };
-    let intermediate = intermediates(isa, pool, x, &[wanted]);
+    let intermediate = intermediates(isa, &workspace, x, &[wanted]);
     let products = Products {
         weights: &weights.down_proj,
         x: &intermediate[0],
@@ -108,9 +114,9 @@ fn dense_feed_forward_on(
     if let Some(out) = out.as_slice_mut() {
         sum_f32(isa, pool, &rows, Store::Replace, hidden, out);
     } else {
-        let mut result = vec![0.0; x.rows() * hidden];
-        sum_f32(isa, pool, &rows, Store::Replace, hidden, &mut result);
-        out.iter_mut().zip(result).for_each(|(out, value)| *out = value);
+        let result = workspace.filled(x.rows() * hidden, 0.0);
+        sum_f32(isa, pool, &rows, Store::Replace, hidden, result);
+        out.iter_mut().zip(result).for_each(|(out, value)| *out = *value);
     }
 }
 
@@ -128,9 +134,9 @@ fn dense_feed_forward_on(
 /// # Panics
 /// If shapes or formats differ, a row or block does not exist, or `term_limit` is above 2^23.
 #[allow(clippy::too_many_arguments)]
-pub fn grouped_exact(
+pub fn grouped_exact<'a>(
     pool: &CpuPool,
-    x: &Activations,
+    x: impl Into<ActivationRows<'a>>,
     groups: &[Group<'_>],
     weight_on_input: bool,
     combine_block: usize,
@@ -139,8 +145,8 @@ pub fn grouped_exact(
 ) -> Result<(), ExactTermError> {
     let grouped = Grouped {
         isa: Isa::current(),
-        pool,
-        x,
+        workspace: &pool.workspace(),
+        x: x.into(),
         groups,
         weight_on_input,
         combine_block,
@@ -149,9 +155,9 @@ pub fn grouped_exact(
 }
 
 /// Like [`grouped_exact`], but sums in f32 in the order of the groups, a group's blocks as one: closeness only.
-pub fn grouped_fast(
+pub fn grouped_fast<'a>(
     pool: &CpuPool,
-    x: &Activations,
+    x: impl Into<ActivationRows<'a>>,
     groups: &[Group<'_>],
     weight_on_input: bool,
     combine_block: usize,
@@ -159,8 +165,8 @@ pub fn grouped_fast(
 ) {
     let grouped = Grouped {
         isa: Isa::current(),
-        pool,
-        x,
+        workspace: &pool.workspace(),
+        x: x.into(),
         groups,
         weight_on_input,
         combine_block,
@@ -171,32 +177,26 @@ pub fn grouped_fast(
 /// The arguments that [`grouped_exact`] and [`grouped_fast`] share.
 struct Grouped<'a> {
     isa: Isa,
-    pool: &'a CpuPool,
-    x: &'a Activations,
+    workspace: &'a Workspace<'a>,
+    x: ActivationRows<'a>,
     groups: &'a [Group<'a>],
     weight_on_input: bool,
     combine_block: usize,
 }
 
-impl Grouped<'_> {
+impl<'a> Grouped<'a> {
     fn exact(&self, limit: f32, sums: &mut [i64]) -> Result<(), ExactTermError> {
         let Some(hidden) = self.check(sums.len()) else {
             return Ok(());
         };
-        let segments: Vec<Vec<Range<usize>>> = self
-            .groups
-            .iter()
-            .map(|group| {
-                group
-                    .blocks
-                    .clone()
-                    .map(|block| group.cols(&(block..block + 1), self.combine_block))
-                    .collect()
-            })
-            .collect();
-        let intermediates = self.intermediates();
-        let parts = self.parts(&intermediates, &segments);
-        sum_exact(self.isa, self.pool, &parts, limit, hidden, sums).map_err(|failure| ExactTermError {
+        let segments = self.groups.iter().map(|group| {
+            let blocks = group.blocks.clone();
+            let segments = blocks.map(|block| group.cols(&(block..block + 1), self.combine_block));
+            &*self.workspace.collect(segments)
+        });
+        let segments = self.workspace.collect(segments);
+        let parts = self.parts(self.intermediates(), segments);
+        sum_exact(self.isa, self.workspace.pool(), parts, limit, hidden, sums).map_err(|failure| ExactTermError {
             group: failure.part,
             block: failure
                 .segment
@@ -210,14 +210,13 @@ impl Grouped<'_> {
         let Some(hidden) = self.check(sums.len()) else {
             return;
         };
-        let segments: Vec<Vec<Range<usize>>> = self
-            .groups
-            .iter()
-            .map(|group| vec![group.cols(&group.blocks, self.combine_block)])
-            .collect();
-        let intermediates = self.intermediates();
-        let parts = self.parts(&intermediates, &segments);
-        sum_f32(self.isa, self.pool, &parts, Store::Add, hidden, sums);
+        let segments = self.groups.iter().map(|group| {
+            let whole = group.cols(&group.blocks, self.combine_block);
+            &*self.workspace.collect([whole])
+        });
+        let segments = self.workspace.collect(segments);
+        let parts = self.parts(self.intermediates(), segments);
+        sum_f32(self.isa, self.workspace.pool(), parts, Store::Add, hidden, sums);
     }
 
     /// Asserts that everything fits together; the hidden size, or `None` if there is nothing to do.
@@ -250,39 +249,33 @@ impl Grouped<'_> {
         Some(hidden)
     }
 
-    fn intermediates(&self) -> Vec<InterleavedRows> {
-        let wanted: Vec<Wanted<'_>> = self
-            .groups
-            .iter()
-            .map(|group| Wanted {
-                weights: group.weights,
-                rows: Some(group.rows),
-                input_factors: self.weight_on_input.then_some(group.routing_weights),
-                cols: group.cols(&group.blocks, self.combine_block),
-            })
-            .collect();
-        intermediates(self.isa, self.pool, self.x, &wanted)
+    fn intermediates(&self) -> &'a [InterleavedRows<'a>] {
+        let wanted = self.groups.iter().map(|group| Wanted {
+            weights: group.weights,
+            rows: Some(group.rows),
+            input_factors: self.weight_on_input.then_some(group.routing_weights),
+            cols: group.cols(&group.blocks, self.combine_block),
+        });
+        intermediates(self.isa, self.workspace, self.x, self.workspace.collect(wanted))
     }
 
-    fn parts<'a>(
-        &'a self,
-        intermediates: &'a [InterleavedRows],
-        segments: &'a [Vec<Range<usize>>],
-    ) -> Vec<RowProducts<'a>> {
+    fn parts(
+        &self,
+        intermediates: &'a [InterleavedRows<'a>],
+        segments: &'a [&'a [Range<usize>]],
+    ) -> &'a [RowProducts<'a>] {
         let parts = self.groups.iter().zip(intermediates).zip(segments);
-        parts
-            .map(|((group, x), segments)| RowProducts {
-                products: Products {
-                    weights: &group.weights.down_proj,
-                    x,
-                    first_col: group.cols(&group.blocks, self.combine_block).start,
-                    segments,
-                },
-                out_rows: Some(group.rows),
-                factors: (!self.weight_on_input).then_some(group.routing_weights),
-                bias: group.weights.down_bias.as_deref().filter(|_| group.owes_down_bias),
-            })
-            .collect()
+        self.workspace.collect(parts.map(|((group, x), segments)| RowProducts {
+            products: Products {
+                weights: &group.weights.down_proj,
+                x,
+                first_col: group.cols(&group.blocks, self.combine_block).start,
+                segments,
+            },
+            out_rows: Some(group.rows),
+            factors: (!self.weight_on_input).then_some(group.routing_weights),
+            bias: group.weights.down_bias.as_deref().filter(|_| group.owes_down_bias),
+        }))
     }
 }
 
@@ -306,7 +299,7 @@ impl FeedForward {
     }
 
     /// Asserts that the three matrices, the biases and `x` fit together.
-    fn check(&self, x: &Activations) {
+    fn check(&self, x: ActivationRows<'_>) {
         for (name, projection, bias) in [
             ("gate", &self.gate_proj, &self.gate_bias),
             ("up", &self.up_proj, &self.up_bias),

@@ -3,7 +3,7 @@
 use moerun_types::{ActivationFormat, NumberFormat, QUANTIZED_BLOCK};
 
 use crate::{
-    Activations, CpuPool, Isa,
+    ActivationRows, Isa, Workspace,
     disjoint::Disjoint,
     panels::{WORDS_PER_BLOCK, code_bias},
 };
@@ -23,15 +23,15 @@ pub(crate) struct RowBlock {
 /// lowest byte. The last pair or block of a row is filled up with zeroes. Codes have a scale and an offset, where the
 /// integer sum starts, for each block of 32 columns, `[blocks][block rows]`.
 #[derive(Debug)]
-pub(crate) struct InterleavedRows {
+pub(crate) struct InterleavedRows<'a> {
     isa: Isa,
     format: NumberFormat,
     rows: usize,
     cols: usize,
-    blocks: Vec<RowBlock>,
-    words: Vec<u32>,
-    scales: Vec<f32>,
-    offsets: Vec<i32>,
+    blocks: &'a [RowBlock],
+    words: &'a mut [u32],
+    scales: &'a mut [f32],
+    offsets: &'a mut [i32],
 }
 
 /// Some columns of one block of `T` rows.
@@ -53,19 +53,25 @@ pub(crate) struct RowsToWrite<'a> {
     offsets: Disjoint<'a, i32>,
 }
 
-impl InterleavedRows {
+impl<'a> InterleavedRows<'a> {
     /// Zeroes, to meet weights of `format`.
-    pub(crate) fn zeroed(isa: Isa, format: NumberFormat, rows: usize, cols: usize) -> Self {
+    pub(crate) fn zeroed(
+        isa: Isa,
+        workspace: &'a Workspace<'_>,
+        format: NumberFormat,
+        rows: usize,
+        cols: usize,
+    ) -> Self {
         let blocks = rows * scale_blocks(format, cols);
         Self {
             isa,
             format,
             rows,
             cols,
-            blocks: row_blocks(isa, format, rows),
-            words: vec![0; rows * words(format, cols)],
-            scales: vec![0.0; blocks],
-            offsets: vec![0; blocks],
+            blocks: workspace.collect(row_blocks(isa, format, rows)),
+            words: workspace.filled(rows * words(format, cols), 0),
+            scales: workspace.filled(blocks, 0.0),
+            offsets: workspace.filled(blocks, 0),
         }
     }
 
@@ -73,34 +79,40 @@ impl InterleavedRows {
     /// range or the activations are not those of the format.
     pub(crate) fn from_activations(
         isa: Isa,
+        workspace: &'a Workspace<'_>,
         format: NumberFormat,
-        pool: &CpuPool,
-        x: &Activations,
+        x: ActivationRows<'_>,
         selection: Option<&[u32]>,
     ) -> Self {
         assert_eq!(x.format(), format.activations(), "format of the activations");
-        let mut interleaved = Self::zeroed(isa, format, selection.map_or(x.rows(), <[u32]>::len), x.cols());
+        let mut interleaved = Self::zeroed(
+            isa,
+            workspace,
+            format,
+            selection.map_or(x.rows(), <[u32]>::len),
+            x.cols(),
+        );
         let (writer, blocks) = interleaved.writer();
         let row = |index: usize| selection.map_or(index, |rows| rows[index] as usize);
         let work = x.cols() * blocks.iter().map(|block| block.rows).sum::<usize>();
-        pool.run_sized(blocks.len(), work, &|index| {
+        workspace.pool().run_sized(blocks.len(), work, &|index| {
             let block = blocks[index];
             match x {
-                Activations::F32 { data, .. } => {
+                ActivationRows::F32 { data, .. } => {
                     let (values, _) = data.as_chunks::<1>();
                     writer.put_rows(block, values, |&[value]| value.to_bits(), row);
                 }
-                Activations::Bf16 { cols, data, .. } if cols.is_multiple_of(2) => {
+                ActivationRows::Bf16 { cols, data, .. } if cols.is_multiple_of(2) => {
                     let (pairs, _) = data.as_chunks::<2>();
                     writer.put_rows(block, pairs, |pair| bf16_pair(pair), row);
                 }
-                Activations::Bf16 { cols, data, .. } => {
+                ActivationRows::Bf16 { cols, data, .. } => {
                     for t in 0..block.rows {
                         let first = row(block.first + t) * cols;
                         writer.put_words(block, t, 0, data[first..first + cols].chunks(2).map(bf16_pair));
                     }
                 }
-                Activations::Int8 { codes, scales, .. } => {
+                ActivationRows::Int8 { codes, scales, .. } => {
                     let (quads, _) = codes.as_flattened().as_chunks::<4>();
                     let word = |quad: &[i8; 4]| u32::from_le_bytes(quad.map(i8::cast_unsigned));
                     writer.put_rows(block, quads, word, row);
@@ -127,7 +139,7 @@ impl InterleavedRows {
     }
 
     pub(crate) fn blocks(&self) -> &[RowBlock] {
-        &self.blocks
+        self.blocks
     }
 
     /// The columns from `first` (a multiple of the format's column unit) to `end` of the block of `T` rows that starts
@@ -152,11 +164,11 @@ impl InterleavedRows {
             isa: self.isa,
             format: self.format,
             cols: self.cols,
-            words: Disjoint::new(&mut self.words),
-            scales: Disjoint::new(&mut self.scales),
-            offsets: Disjoint::new(&mut self.offsets),
+            words: Disjoint::new(self.words),
+            scales: Disjoint::new(self.scales),
+            offsets: Disjoint::new(self.offsets),
         };
-        (writer, &self.blocks)
+        (writer, self.blocks)
     }
 }
 
@@ -266,17 +278,15 @@ fn scale_blocks(format: NumberFormat, cols: usize) -> usize {
 }
 
 /// Cuts `rows` rows into blocks, the largest first.
-pub(crate) fn row_blocks(isa: Isa, format: NumberFormat, rows: usize) -> Vec<RowBlock> {
+pub(crate) fn row_blocks(isa: Isa, format: NumberFormat, rows: usize) -> impl Iterator<Item = RowBlock> {
     let sizes = isa.tile_rows(format);
-    let mut blocks = Vec::with_capacity(rows / sizes[0] + sizes.len());
     let mut first = 0;
-    for &size in sizes {
-        while rows - first >= size {
-            blocks.push(RowBlock { first, rows: size });
-            first += size;
-        }
-    }
-    blocks
+    std::iter::from_fn(move || {
+        let size = sizes.iter().copied().find(|&size| size <= rows - first)?;
+        let block = RowBlock { first, rows: size };
+        first += size;
+        Some(block)
+    })
 }
 
 #[cfg(test)]
@@ -284,7 +294,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::bf16::from_bf16;
+    use crate::{Activations, CpuPool, bf16::from_bf16};
 
     #[test]
     fn blocks_cover_all_rows_in_order() {
@@ -304,7 +314,7 @@ mod tests {
     }
 
     /// Element `col` of row `t` of a block, read back from where the inner loop reads it.
-    fn value(rows: &InterleavedRows, block: RowBlock, t: usize, col: usize) -> f32 {
+    fn value(rows: &InterleavedRows<'_>, block: RowBlock, t: usize, col: usize) -> f32 {
         let format = rows.format;
         let word = |index: usize| rows.words[block.first * words(format, rows.cols) + index * block.rows + t];
         match format {
@@ -328,7 +338,9 @@ mod tests {
             for format in NumberFormat::ALL {
                 let rounded = Activations::round(format.activations(), x.view());
                 let values = rounded.to_f32();
-                let rows = InterleavedRows::from_activations(isa, format, &pool, &rounded, Some(&selection));
+                let workspace = pool.workspace();
+                let rows =
+                    InterleavedRows::from_activations(isa, &workspace, format, (&rounded).into(), Some(&selection));
                 for &block in rows.blocks() {
                     for t in 0..block.rows {
                         for col in 0..45 {

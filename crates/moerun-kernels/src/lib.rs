@@ -42,8 +42,9 @@ mod simd;
 #[cfg(test)]
 mod test_data;
 mod tile;
+mod workspace;
 
-pub use activations::{Activations, ActivationsError};
+pub use activations::{ActivationRows, Activations, ActivationsError};
 pub use allocator::keep_freed_memory;
 pub use attention::{AttentionRow, paged_attention};
 pub use denormals::flush_denormals;
@@ -60,3 +61,4 @@ pub use pool::CpuPool;
 pub use probe::{Multiply, ProbeMemory, multiply_peak, read_bandwidth};
 pub use quantize::BlockError;
 pub use rotary::RotaryTable;
+pub use workspace::Workspace;

@@ -16,30 +16,36 @@ use crate::{
 /// Panics if shapes differ.
 pub fn rms_norm(x: ArrayView2<'_, f32>, weight: &[f32], epsilon: f32, out: ArrayViewMut2<'_, f32>) {
     assert_eq!(weight.len(), x.ncols(), "length of the norm's weight");
-    each_row(
-        x,
-        out,
-        Norm::Rms {
-            weight: Some(weight),
-            epsilon,
-        },
-    );
+    each_row(x, out, Norm::Rms { weight, epsilon });
 }
 
 /// RMS norm without weights, in place over each row.
 pub fn rms_norm_weightless(mut x: ArrayViewMut2<'_, f32>, epsilon: f32) {
-    let norm = Norm::Rms { weight: None, epsilon };
-    let mut input = vec![0.0; x.ncols()];
     for mut row in x.rows_mut() {
-        input.iter_mut().zip(&row).for_each(|(input, &value)| *input = value);
         match row.as_slice_mut() {
-            Some(row) => norm.row(Isa::current(), &input, row),
+            Some(row) => Isa::current().dispatch(RmsInPlace { row, epsilon }),
             None => {
-                let mut normed = vec![0.0; input.len()];
-                norm.row(Isa::current(), &input, &mut normed);
-                row.iter_mut().zip(normed).for_each(|(out, value)| *out = value);
+                let mut copy = row.to_vec();
+                let (row_copy, epsilon) = (&mut copy[..], epsilon);
+                Isa::current().dispatch(RmsInPlace { row: row_copy, epsilon });
+                row.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
             }
         }
+    }
+}
+
+struct RmsInPlace<'a> {
+    row: &'a mut [f32],
+    epsilon: f32,
+}
+
+impl Kernel for RmsInPlace<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let scale = rms_scale(simd, self.row, self.epsilon);
+        self.row.iter_mut().for_each(|value| *value *= scale);
     }
 }
 
@@ -73,7 +79,7 @@ fn each_row(x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>, norm: Norm<
 #[derive(Clone, Copy)]
 enum Norm<'a> {
     Rms {
-        weight: Option<&'a [f32]>,
+        weight: &'a [f32],
         epsilon: f32,
     },
     Layer {
@@ -101,24 +107,15 @@ impl Kernel for NormRow<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { norm, x, out } = self;
-        let n = x.len() as f32;
         match norm {
             Norm::Rms { weight, epsilon } => {
-                let scale = 1.0 / (sum_of_squares(simd, x, 0.0) / n + epsilon).sqrt();
-                match weight {
-                    Some(weight) => {
-                        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-                            *out = x * scale * weight;
-                        }
-                    }
-                    None => {
-                        for (out, &x) in out.iter_mut().zip(x) {
-                            *out = x * scale;
-                        }
-                    }
+                let scale = rms_scale(simd, x, epsilon);
+                for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+                    *out = x * scale * weight;
                 }
             }
             Norm::Layer { weight, bias, epsilon } => {
+                let n = x.len() as f32;
                 let mean = sum(simd, x) / n;
                 let scale = 1.0 / (sum_of_squares(simd, x, mean) / n + epsilon).sqrt();
                 for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
@@ -127,6 +124,12 @@ impl Kernel for NormRow<'_> {
             }
         }
     }
+}
+
+/// `1 / sqrt(mean(x^2) + epsilon)`.
+#[inline(always)]
+fn rms_scale<S: Simd>(simd: S, x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (sum_of_squares(simd, x, 0.0) / x.len() as f32 + epsilon).sqrt()
 }
 
 #[inline(always)]
@@ -181,11 +184,7 @@ mod tests {
             let mean_square = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
             let norms = [
                 Norm::Rms {
-                    weight: Some(&weight),
-                    epsilon: 1e-5,
-                },
-                Norm::Rms {
-                    weight: None,
+                    weight: &weight,
                     epsilon: 1e-5,
                 },
                 Norm::Layer {
@@ -201,7 +200,6 @@ mod tests {
                     let (x, weight, bias) = (f64::from(x[index]), f64::from(weight[index]), f64::from(bias[index]));
                     let truth = match kind {
                         0 => x / (mean_square + 1e-5).sqrt() * weight,
-                        1 => x / (mean_square + 1e-5).sqrt(),
                         _ => (x - mean) / (variance + 1e-5).sqrt() * weight + bias,
                     };
                     let found = f64::from(expected[index]);

@@ -11,7 +11,7 @@ use ndarray::ArrayViewMut2;
 pub use mapped::MappedError;
 
 use crate::{
-    Activations, CpuPool, Isa,
+    ActivationRows, CpuPool, Isa,
     bf16::{from_bf16, to_bf16},
     interleaved::InterleavedRows,
     lines::{LANES, Line, Lines},
@@ -263,59 +263,65 @@ impl PackedMatrix {
     /// one per block, `fma(exact sum of the codes' products, scale of the weights * scale of x, chain)`), so a row of
     /// `out` depends on its own row of `x` alone and is the same on every instruction set. `x` must be rounded for this
     /// matrix' format and `cols` wide, `out` of the shape given (asserted).
-    pub fn matmul(&self, pool: &CpuPool, x: &Activations, out: ArrayViewMut2<'_, f32>) {
-        self.matmul_on(Isa::current(), pool, x, out);
+    pub fn matmul<'a>(&self, pool: &CpuPool, x: impl Into<ActivationRows<'a>>, out: ArrayViewMut2<'_, f32>) {
+        self.matmul_on(Isa::current(), pool, x.into(), out);
     }
 
     /// [`PackedMatrix::matmul`] in the variant `isa`.
-    pub(crate) fn matmul_on(&self, isa: Isa, pool: &CpuPool, x: &Activations, mut out: ArrayViewMut2<'_, f32>) {
+    pub(crate) fn matmul_on(&self, isa: Isa, pool: &CpuPool, x: ActivationRows<'_>, mut out: ArrayViewMut2<'_, f32>) {
         assert_eq!(x.format(), self.format.activations(), "format of the activations");
         assert_eq!(x.cols(), self.cols, "width of the activations");
         assert_eq!(out.dim(), (x.rows(), self.rows), "shape of the product");
         if let Some(out) = out.as_slice_mut() {
             self.matmul_into(isa, pool, x, out);
         } else {
-            let mut product = vec![0.0; x.rows() * self.rows];
-            self.matmul_into(isa, pool, x, &mut product);
-            out.iter_mut().zip(product).for_each(|(out, value)| *out = value);
+            let workspace = pool.workspace();
+            let product = workspace.filled(x.rows() * self.rows, 0.0);
+            self.matmul_into(isa, pool, x, product);
+            out.iter_mut().zip(product).for_each(|(out, value)| *out = *value);
         }
     }
 
-    /// [`PackedMatrix::matmul`] with several matrices of one format at once; `outs` are row-major, `[tokens, rows]` of
-    /// each. Small matrices together keep all threads busy where each alone would not.
-    pub fn matmul_all(pool: &CpuPool, x: &Activations, matrices: &[&PackedMatrix], outs: &mut [&mut [f32]]) {
-        let Some(first) = matrices.first() else { return };
-        assert_eq!(matrices.len(), outs.len(), "an output for each matrix");
-        assert_eq!(x.cols(), first.cols, "width of the activations");
-        for (matrix, out) in matrices.iter().zip(&*outs) {
-            assert!(
-                matrix.format == first.format && matrix.cols == first.cols,
-                "matrices of one format and width"
-            );
+    /// [`PackedMatrix::matmul`] of several matrices at once, each with rows of its own; `outs` are row-major, `[tokens,
+    /// rows]` of each. Small matrices together keep all threads busy where each alone would not. Where the same rows
+    /// are given several times running, to matrices of one format, they are laid out once.
+    pub fn matmul_all(pool: &CpuPool, products: &[(&PackedMatrix, ActivationRows<'_>)], outs: &mut [&mut [f32]]) {
+        assert_eq!(products.len(), outs.len(), "an output for each product");
+        for ((matrix, x), out) in products.iter().zip(&*outs) {
+            assert_eq!(x.format(), matrix.format.activations(), "format of the activations");
+            assert_eq!(x.cols(), matrix.cols, "width of the activations");
             assert_eq!(out.len(), x.rows() * matrix.rows, "length of an output");
         }
         let isa = Isa::current();
-        let x = InterleavedRows::from_activations(isa, first.format, pool, x, None);
-        let cols = 0..first.cols;
-        let parts: Vec<RowProducts<'_>> = matrices
-            .iter()
-            .map(|weights| RowProducts {
+        let workspace = pool.workspace();
+        let alike = |a: &(&PackedMatrix, ActivationRows<'_>), b: &(&PackedMatrix, ActivationRows<'_>)| {
+            a.0.format == b.0.format && a.1.is_same(&b.1)
+        };
+        let runs = products.chunk_by(alike).map(|run| {
+            let (matrix, x) = run[0];
+            let x = InterleavedRows::from_activations(isa, &workspace, matrix.format, x, None);
+            (run, x, 0..matrix.cols)
+        });
+        let runs = &*workspace.collect(runs);
+        let parts = runs.iter().flat_map(|(run, x, cols)| {
+            run.iter().map(move |&(weights, _)| RowProducts {
                 products: Products {
                     weights,
-                    x: &x,
+                    x,
                     first_col: 0,
-                    segments: std::slice::from_ref(&cols),
+                    segments: std::slice::from_ref(cols),
                 },
                 out_rows: None,
                 factors: None,
                 bias: None,
             })
-            .collect();
-        sum_f32_apart(isa, pool, &parts, outs);
+        });
+        sum_f32_apart(isa, &workspace, workspace.collect(parts), outs);
     }
 
-    fn matmul_into(&self, isa: Isa, pool: &CpuPool, x: &Activations, out: &mut [f32]) {
-        let x = InterleavedRows::from_activations(isa, self.format, pool, x, None);
+    fn matmul_into(&self, isa: Isa, pool: &CpuPool, x: ActivationRows<'_>, out: &mut [f32]) {
+        let workspace = pool.workspace();
+        let x = InterleavedRows::from_activations(isa, &workspace, self.format, x, None);
         let cols = 0..self.cols;
         let products = Products {
             weights: self,
@@ -366,7 +372,10 @@ mod tests {
     use ndarray::{Array2, ShapeBuilder, s};
 
     use super::*;
-    use crate::test_data::{Rng, pack_array, product_by_definition};
+    use crate::{
+        Activations,
+        test_data::{Rng, pack_array, product_by_definition},
+    };
 
     fn bits(array: &Array2<f32>) -> Vec<u32> {
         array.iter().map(|value| value.to_bits()).collect()
@@ -392,7 +401,7 @@ mod tests {
                     let pool = CpuPool::new(threads);
                     for isa in Isa::all_available() {
                         let mut out = Array2::from_elem((tokens, rows), f32::NAN);
-                        packed.matmul_on(isa, &pool, &x, out.view_mut());
+                        packed.matmul_on(isa, &pool, (&x).into(), out.view_mut());
                         assert!(
                             bits(&out) == expected,
                             "seed {seed}: {rows} x {cols}, {tokens} tokens, {format} {isa}"
@@ -404,20 +413,40 @@ mod tests {
     }
 
     #[test]
-    fn several_matrices_at_once_give_what_each_gives() {
+    fn several_products_at_once_give_what_each_gives() {
         let mut rng = Rng::new(11);
         let pool = CpuPool::new(2);
         for format in NumberFormat::ALL {
-            let matrices = [50, 3, 0, 200].map(|rows| pack_array(format, &rng.array(rows, 77)));
+            // Of the same rows, of others, and of other formats.
+            let formats = [format, format, format, format, NumberFormat::Bf16, NumberFormat::Int4];
+            let mut matrices = [50, 3, 0, 200, 40, 9].into_iter().zip(formats);
+            let matrices: [PackedMatrix; 6] = std::array::from_fn(|_| {
+                let (rows, format) = matrices.next().expect("six");
+                pack_array(format, &rng.array(rows, 77))
+            });
             for tokens in [0, 1, 13] {
-                let x = Activations::round(format.activations(), rng.array(tokens, 77).view());
-                let mut outs = matrices.each_ref().map(|matrix| vec![f32::NAN; tokens * matrix.rows()]);
-                let mut slices = outs.each_mut().map(|out| &mut out[..]);
-                PackedMatrix::matmul_all(&pool, &x, &matrices.each_ref(), &mut slices);
-                for (matrix, out) in matrices.iter().zip(outs) {
-                    let mut alone = Array2::zeros((tokens, matrix.rows()));
-                    matrix.matmul(&pool, &x, alone.view_mut());
-                    let together = Array2::from_shape_vec((tokens, matrix.rows()), out).expect("of that shape");
+                let mut round = |format: NumberFormat, tokens: usize| {
+                    Activations::round(format.activations(), rng.array(tokens, 77).view())
+                };
+                let shared = round(format, tokens);
+                let others = [
+                    round(format, tokens + 2),
+                    round(NumberFormat::Bf16, tokens),
+                    round(NumberFormat::Int4, 1),
+                ];
+                let rows = [&shared, &shared, &shared, &others[0], &others[1], &others[2]];
+                let products: Vec<_> = matrices.iter().zip(rows.map(ActivationRows::from)).collect();
+                let mut outs: Vec<Vec<f32>> = matrices
+                    .iter()
+                    .zip(rows)
+                    .map(|(matrix, x)| vec![f32::NAN; x.rows() * matrix.rows()])
+                    .collect();
+                let mut slices: Vec<&mut [f32]> = outs.iter_mut().map(|out| &mut out[..]).collect();
+                PackedMatrix::matmul_all(&pool, &products, &mut slices);
+                for ((matrix, x), out) in matrices.iter().zip(rows).zip(outs) {
+                    let mut alone = Array2::zeros((x.rows(), matrix.rows()));
+                    matrix.matmul(&pool, x, alone.view_mut());
+                    let together = Array2::from_shape_vec(alone.raw_dim(), out).expect("of that shape");
                     assert_eq!(bits(&together), bits(&alone), "{format}, {tokens} tokens");
                 }
             }
@@ -433,10 +462,10 @@ mod tests {
             let x = Activations::round(format.activations(), rng.array(31, 133).view());
             for isa in Isa::all_available() {
                 let mut batch = Array2::zeros((31, 50));
-                packed.matmul_on(isa, &pool, &x, batch.view_mut());
+                packed.matmul_on(isa, &pool, (&x).into(), batch.view_mut());
                 for row in 0..31 {
                     let mut alone = Array2::zeros((1, 50));
-                    packed.matmul_on(isa, &pool, &x.select_rows(&[row]), alone.view_mut());
+                    packed.matmul_on(isa, &pool, (&x.select_rows(&[row])).into(), alone.view_mut());
                     assert_eq!(
                         bits(&alone),
                         bits(&batch.slice(s![row as usize..=row as usize, ..]).to_owned())
@@ -458,14 +487,14 @@ mod tests {
                     .mapv(|value| value * [1e-19, 1e-18, 1e-39, 1e-44][seed as usize % 4]);
                 let x = Activations::round(format.activations(), tiny.view());
                 let mut expected = Array2::zeros((13, 40));
-                packed.matmul_on(Isa::Portable, &pool, &x, expected.view_mut());
+                packed.matmul_on(Isa::Portable, &pool, (&x).into(), expected.view_mut());
                 assert!(
                     expected.iter().all(|value| !value.is_subnormal()),
                     "seed {seed}, {format}"
                 );
                 for isa in Isa::all_available() {
                     let mut found = Array2::zeros((13, 40));
-                    packed.matmul_on(isa, &pool, &x, found.view_mut());
+                    packed.matmul_on(isa, &pool, (&x).into(), found.view_mut());
                     assert!(bits(&found) == bits(&expected), "seed {seed}, {format} {isa}");
                 }
             }

@@ -13,7 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::denormals::{FlushDenormals, flush_denormals};
+use crate::{
+    denormals::{FlushDenormals, flush_denormals},
+    disjoint::Disjoint,
+    workspace::IdleMemory,
+};
 
 /// How long an idle thread looks for work before it parks: longer than the gap between two sections of one layer.
 const SPIN: Duration = Duration::from_micros(50);
@@ -33,6 +37,8 @@ pub struct CpuPool {
     /// Held by the one caller whose job the workers see.
     caller: Mutex<()>,
     workers: Vec<JoinHandle<()>>,
+    /// Memory of calls that have ended, for those that come.
+    pub(crate) idle_memory: IdleMemory,
 }
 
 impl CpuPool {
@@ -57,6 +63,7 @@ impl CpuPool {
             shared,
             caller: Mutex::new(()),
             workers,
+            idle_memory: IdleMemory::default(),
         }
     }
 
@@ -81,6 +88,17 @@ impl CpuPool {
         if let Some((_, payload)) = first_panic {
             resume_unwind(payload);
         }
+    }
+
+    /// Calls `task` with each of `items`, in parallel as [`CpuPool::run`] does.
+    pub fn for_each<T: Send>(&self, items: &mut [T], task: impl Fn(&mut T) + Sync) {
+        let tasks = items.len();
+        let items = Disjoint::new(items);
+        self.run(tasks, &|index| {
+            // SAFETY: each index is one task's.
+            let item = unsafe { items.part(index..index + 1) };
+            task(&mut item[0]);
+        });
     }
 
     /// [`CpuPool::run`], on the calling thread alone if all tasks together are less than `work` multiply-adds worth
@@ -325,6 +343,15 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn each_item_is_given_to_one_task() {
+        for threads in [1, 3] {
+            let mut items: Vec<usize> = (0..100).collect();
+            CpuPool::new(threads).for_each(&mut items, |item| *item += 1000);
+            assert!(items.into_iter().eq(1000..1100));
         }
     }
 

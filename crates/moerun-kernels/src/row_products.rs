@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Mutex};
 use moerun_types::COMBINE_FRACTION_BITS;
 
 use crate::{
-    CpuPool, Isa,
+    CpuPool, Isa, Workspace,
     disjoint::Disjoint,
     isa::Kernel,
     lines::LANES,
@@ -96,18 +96,22 @@ pub(crate) fn sum_f32(
 
 /// Runs each of `parts` into an output of its own, `[rows, rows of its matrix]`, replacing what that holds: all at once, so
 /// that small ones fill the threads together.
-pub(crate) fn sum_f32_apart(isa: Isa, pool: &CpuPool, parts: &[RowProducts<'_>], outs: &mut [&mut [f32]]) {
+pub(crate) fn sum_f32_apart(isa: Isa, workspace: &Workspace<'_>, parts: &[RowProducts<'_>], outs: &mut [&mut [f32]]) {
+    let pool = workspace.pool();
     let width = |part: &RowProducts<'_>| part.products.weights.rows();
     let all_panels: usize = parts.iter().map(|part| width(part).div_ceil(LANES)).sum();
-    let (mut tasks, mut work) = (Vec::new(), 0);
-    for (index, part) in parts.iter().enumerate() {
+    let work = parts
+        .iter()
+        .map(|part| part.work_per_panel() * width(part).div_ceil(LANES));
+    let work = work.sum();
+    let tasks = parts.iter().enumerate().flat_map(|(index, part)| {
         let panels = width(part).div_ceil(LANES);
         let stripe = panels_per_task(all_panels, part.work_per_panel(), pool.threads());
-        work += part.work_per_panel() * panels;
         let stripes = (0..panels).step_by(stripe);
-        tasks.extend(stripes.map(|first| (index, first..panels.min(first + stripe))));
-    }
-    let outs: Vec<Disjoint<'_, f32>> = outs.iter_mut().map(|out| Disjoint::new(out)).collect();
+        stripes.map(move |first| (index, first..panels.min(first + stripe)))
+    });
+    let tasks = workspace.collect(tasks);
+    let outs = workspace.collect(outs.iter_mut().map(|out| Disjoint::new(out)));
     pool.run_sized(tasks.len(), work, &|task| {
         let (index, panels) = tasks[task].clone();
         isa.dispatch(F32Stripe {

@@ -146,6 +146,10 @@ pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// `1.5 * 2^52`.
+const ROUND_F64: f64 = 6_755_399_441_055_744.0;
+const TWO_32: f64 = (1_u64 << 32) as f64;
+
 /// The integer nearest to `value`, ties to even, for `|value| < 2^63`.
 ///
 /// In two halves, because not every instruction set converts f64 to i64: the multiple of 2^32 nearest to the value, and
@@ -153,14 +157,12 @@ pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
 /// its low bits; the multiple of 2^32 is even, so the tie goes the same way as that of the whole.
 #[inline(always)]
 fn nearest(value: f32) -> i64 {
-    const ROUND: f64 = 6_755_399_441_055_744.0;
-    const TWO_32: f64 = (1_u64 << 32) as f64;
     let value = f64::from(value);
-    let upper_shifted = value * (1.0 / TWO_32) + ROUND;
-    let upper = upper_shifted - ROUND;
-    let lower_shifted = (value - upper * TWO_32) + ROUND;
-    let upper = (upper_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
-    let lower = (lower_shifted.to_bits() as i64).wrapping_sub(ROUND.to_bits() as i64);
+    let upper_shifted = value * (1.0 / TWO_32) + ROUND_F64;
+    let upper = upper_shifted - ROUND_F64;
+    let lower_shifted = (value - upper * TWO_32) + ROUND_F64;
+    let upper = (upper_shifted.to_bits() as i64).wrapping_sub(ROUND_F64.to_bits() as i64);
+    let lower = (lower_shifted.to_bits() as i64).wrapping_sub(ROUND_F64.to_bits() as i64);
     (upper << 32).wrapping_add(lower)
 }
 

@@ -50,7 +50,7 @@ impl<'a> SegmentSums<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Products<'a> {
     pub(crate) weights: &'a PackedMatrix,
-    pub(crate) x: &'a InterleavedRows,
+    pub(crate) x: &'a InterleavedRows<'a>,
     /// The column of `weights` that the first column of `x` meets.
     pub(crate) first_col: usize,
     pub(crate) segments: &'a [Range<usize>],
@@ -159,7 +159,8 @@ impl Kernel for Tiles<'_> {
 }
 
 impl Tiles<'_> {
-    /// As many panels as the registers hold beside the rows; with one row, a single stream of weights is the fastest.
+    /// As many panels as the registers hold beside the rows; with one row, a single stream of weights is the fastest,
+    /// unless a sum's chain of multiply-adds takes longer than its line (two of four cycles on narrow registers).
     #[inline(always)]
     fn run_format<S: Simd, F: PanelFormat>(&mut self, simd: S) {
         if S::WIDE {
@@ -173,7 +174,7 @@ impl Tiles<'_> {
             }
         } else {
             match self.block.rows {
-                1 => self.run_tiles::<S, F, 1, 1>(simd),
+                1 => self.run_tiles::<S, F, 1, 2>(simd),
                 2 => self.run_tiles::<S, F, 2, 2>(simd),
                 4 => self.run_tiles::<S, F, 4, 1>(simd),
                 6 => self.run_tiles::<S, F, 6, 1>(simd),

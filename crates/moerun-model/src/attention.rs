@@ -1,8 +1,8 @@
 //! Attention of one layer: what both kinds share.
 
-use moerun_kernels::{CpuPool, KV_PAGE_TOKENS, KvPages};
+use moerun_kernels::{KV_PAGE_TOKENS, KvPages, Workspace};
 use moerun_types::{AttentionConfig, LayerConfig};
-use ndarray::Array2;
+use ndarray::{ArrayView2, ArrayViewMut2};
 
 use crate::{
     ModelError, attention_grouped::GroupedQueryAttention, attention_latent::MultiHeadLatentAttention,
@@ -18,7 +18,8 @@ pub(crate) enum Attention {
 
 /// What attention works with besides its weights and its input.
 pub(crate) struct AttentionContext<'a> {
-    pub(crate) pool: &'a CpuPool,
+    /// Threads and memory.
+    pub(crate) workspace: &'a Workspace<'a>,
     pub(crate) layer: &'a LayerConfig,
     pub(crate) rope: &'a RotaryEmbedding,
     pub(crate) rows: &'a [StepRow<'a>],
@@ -35,7 +36,7 @@ impl Attention {
     }
 
     /// Output of the attention branch on normed rows, `[tokens, hidden]` → `[tokens, hidden]`.
-    pub(crate) fn forward(&self, context: AttentionContext<'_>, x: &Array2<f32>) -> Array2<f32> {
+    pub(crate) fn forward<'a>(&self, context: AttentionContext<'a>, x: ArrayView2<'a, f32>) -> ArrayViewMut2<'a, f32> {
         match self {
             Attention::Grouped(attention) => attention.forward(context, x),
             Attention::Latent(attention) => attention.forward(context, x),
@@ -45,22 +46,30 @@ impl Attention {
 
 /// Writes the keys and values of every row to its place in the cache; there are none where values are the start of
 /// their keys.
-pub(crate) fn store(kv: &mut KvPages, rows: &[StepRow<'_>], keys: &Array2<f32>, values: Option<&Array2<f32>>) {
+pub(crate) fn store(
+    kv: &mut KvPages,
+    rows: &[StepRow<'_>],
+    keys: ArrayView2<'_, f32>,
+    values: Option<ArrayView2<'_, f32>>,
+) {
     for (index, row) in rows.iter().enumerate() {
         let page = row.sequence.pages[row.position / KV_PAGE_TOKENS];
-        let row_of = |matrix: &Array2<f32>| index * matrix.ncols()..(index + 1) * matrix.ncols();
-        let keys = &elements(keys)[row_of(keys)];
-        let values = values.map_or(&[][..], |values| &elements(values)[row_of(values)]);
-        kv.write(page, row.position % KV_PAGE_TOKENS, keys, values);
+        let values = values.as_ref().map_or(&[][..], |values| row_of(values, index));
+        kv.write(page, row.position % KV_PAGE_TOKENS, row_of(&keys, index), values);
     }
 }
 
+/// One row of a row-major matrix.
+pub(crate) fn row_of<'a>(matrix: &ArrayView2<'a, f32>, row: usize) -> &'a [f32] {
+    &elements(*matrix)[row * matrix.ncols()..][..matrix.ncols()]
+}
+
 /// All elements of a row-major matrix.
-pub(crate) fn elements(matrix: &Array2<f32>) -> &[f32] {
-    matrix.as_slice().expect("a new array is row-major")
+pub(crate) fn elements(matrix: ArrayView2<'_, f32>) -> &[f32] {
+    matrix.to_slice().expect("rows lie one after another")
 }
 
 /// All elements of a row-major matrix, to be changed.
-pub(crate) fn elements_mut(matrix: &mut Array2<f32>) -> &mut [f32] {
-    matrix.as_slice_mut().expect("a new array is row-major")
+pub(crate) fn elements_mut<'a>(matrix: &'a mut ArrayViewMut2<'_, f32>) -> &'a mut [f32] {
+    matrix.as_slice_mut().expect("rows lie one after another")
 }

@@ -1,9 +1,9 @@
 //! Multi-head, grouped-query and multi-query attention.
 
-use moerun_kernels::{Activations, RotaryTable, paged_attention};
+use moerun_kernels::{ActivationRows, RotaryTable, paged_attention};
 use moerun_types::{AttentionTemperature, GroupedAttention, LayerConfig, QkNorm};
 use moerun_weights::LayerTensor;
-use ndarray::Array2;
+use ndarray::{ArrayView2, ArrayViewMut2};
 
 use crate::{
     ModelError,
@@ -63,53 +63,54 @@ impl GroupedQueryAttention {
     }
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
-    pub(crate) fn forward(&self, context: AttentionContext<'_>, x: &Array2<f32>) -> Array2<f32> {
+    pub(crate) fn forward<'a>(&self, context: AttentionContext<'a>, x: ArrayView2<'a, f32>) -> ArrayViewMut2<'a, f32> {
         let AttentionContext {
-            pool,
+            workspace,
             layer,
             rope,
             rows,
             kv,
         } = context;
+        let pool = workspace.pool();
         let format = self.q_proj.weight.format().activations();
-        let x = Activations::round(format, x.view());
+        let x = ActivationRows::round(workspace, format, x);
         // [tokens, num_heads * head_dim], and twice [tokens, num_kv_heads * head_dim]
         let [mut queries, mut keys, mut values] =
-            Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], pool, &x);
+            Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], workspace, x);
 
-        let runs = parallel::row_runs(pool, rows.len(), queries.ncols());
         let (query_width, key_width) = (queries.ncols(), keys.ncols());
-        let parts = runs
-            .iter()
-            .zip(parallel::split_rows(elements_mut(&mut queries), query_width, &runs))
-            .zip(parallel::split_rows(elements_mut(&mut keys), key_width, &runs))
-            .zip(parallel::split_rows(elements_mut(&mut values), key_width, &runs))
-            .map(|(((run, queries), keys), values)| Projections {
-                rows: &rows[run.clone()],
+        let run = parallel::rows_per_task(pool, rows.len(), query_width);
+        let parts = rows
+            .chunks(run)
+            .zip(elements_mut(&mut queries).chunks_mut(run * query_width))
+            .zip(elements_mut(&mut keys).chunks_mut(run * key_width))
+            .zip(elements_mut(&mut values).chunks_mut(run * key_width))
+            .map(|(((rows, queries), keys), values)| Projections {
+                rows,
                 queries,
                 keys,
                 values,
-            })
-            .collect();
-        parallel::for_each(pool, parts, |part| self.prepare(layer, rope, part));
-        store(kv, rows, &keys, Some(&values));
+            });
+        pool.for_each(workspace.collect(parts), |part| self.prepare(layer, rope, part));
+        store(kv, rows, keys.view(), Some(values.view()));
 
-        let mut attended = Array2::zeros(queries.raw_dim()); // [tokens, num_heads * head_dim]
+        let mut attended = workspace.matrix(rows.len(), query_width);
         paged_attention(
             pool,
             kv,
-            &attention_rows(layer.mask, rows),
-            elements(&queries),
+            workspace.collect(attention_rows(layer.mask, rows.iter().copied())),
+            elements(queries.view()),
             self.shape.num_heads,
             self.shape.scale,
             self.sinks.as_deref(),
             elements_mut(&mut attended),
         );
-        self.o_proj.forward(pool, &Activations::round(format, attended.view()))
+        let attended = ActivationRows::round(workspace, format, attended.view());
+        self.o_proj.forward(workspace, attended)
     }
 
     /// Everything between the projections and the cache, row by row.
-    fn prepare(&self, layer: &LayerConfig, rope: &RotaryEmbedding, part: Projections<'_>) {
+    fn prepare(&self, layer: &LayerConfig, rope: &RotaryEmbedding, part: &mut Projections<'_>) {
         let query_width = self.shape.num_heads * self.shape.head_dim;
         let key_width = self.shape.num_kv_heads * self.shape.head_dim;
         let rows = part

@@ -5,19 +5,20 @@
 //! sum of latents goes through the value half after. The latent is held once, as the start of its key. Prefill does the same as decode, so that a prompt gives the same
 //! bits however it is cut into chunks.
 
-use moerun_kernels::{Activations, CpuPool, PackedMatrix, paged_attention};
-use moerun_types::LatentAttention;
+use moerun_kernels::{ActivationRows, PackedMatrix, Workspace, paged_attention};
+use moerun_types::{LatentAttention, LayerConfig};
 use moerun_weights::LayerTensor;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use crate::{
     ModelError,
-    attention::{AttentionContext, elements, elements_mut, store},
+    attention::{AttentionContext, elements, elements_mut, row_of, store},
     linear::Linear,
     loader::LayerLoader,
     mask::attention_rows,
     norm::Norm,
     parallel,
+    rope::RotaryEmbedding,
     step::StepRow,
 };
 
@@ -84,125 +85,161 @@ impl MultiHeadLatentAttention {
     }
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
-    pub(crate) fn forward(&self, context: AttentionContext<'_>, x: &Array2<f32>) -> Array2<f32> {
-        let format = self.o_proj.weight.format().activations();
-        let x = Activations::round(format, x.view());
-
-        let keys = self.keys(&context, &x);
-        let queries = self.absorbed_queries(&context, &x);
+    pub(crate) fn forward<'a>(&self, context: AttentionContext<'a>, x: ArrayView2<'a, f32>) -> ArrayViewMut2<'a, f32> {
         let AttentionContext {
-            pool, layer, rows, kv, ..
-        } = context;
-        store(kv, rows, &keys, None);
-
-        let mut attended = Array2::zeros((rows.len(), self.shape.num_heads * self.shape.kv_lora_rank));
-        paged_attention(
-            pool,
+            workspace,
+            layer,
+            rope,
+            rows,
             kv,
-            &attention_rows(layer.mask, rows),
-            elements(&queries),
+        } = context;
+        let rotation = Rotation { layer, rope };
+        let x = ActivationRows::round(workspace, self.o_proj.weight.format().activations(), x);
+        let keys = self.keys(workspace, rotation, rows, x);
+        let queries = self.absorbed_queries(workspace, rotation, rows, x);
+        store(kv, rows, keys.view(), None);
+
+        let mut attended = workspace.matrix(rows.len(), self.shape.num_heads * self.shape.kv_lora_rank);
+        paged_attention(
+            workspace.pool(),
+            kv,
+            workspace.collect(attention_rows(layer.mask, rows.iter().copied())),
+            elements(queries.view()),
             self.shape.num_heads,
             self.shape.scale,
             None,
             elements_mut(&mut attended),
         );
-        let values = self.values(pool, &attended);
-        self.o_proj.forward(pool, &Activations::round(format, values.view()))
+        let values = self.values(workspace, attended.view());
+        let values = ActivationRows::round(workspace, self.o_proj.weight.format().activations(), values.view());
+        self.o_proj.forward(workspace, values)
     }
 
     /// The one key of each row, `[tokens, kv_lora_rank + rope]`: its latent, which is also its value, and the rotary key.
-    fn keys(&self, context: &AttentionContext<'_>, x: &Activations) -> Array2<f32> {
+    fn keys<'a>(
+        &self,
+        workspace: &'a Workspace<'_>,
+        rotation: Rotation<'_>,
+        rows: &[StepRow<'_>],
+        x: ActivationRows<'_>,
+    ) -> ArrayViewMut2<'a, f32> {
         let rank = self.shape.kv_lora_rank;
-        let mut keys = self.kv_a_proj.forward(context.pool, x);
-        let latents = self
-            .kv_a_norm
-            .forward_parallel(context.pool, &keys.slice(s![.., ..rank]).to_owned());
+        let mut keys = self.kv_a_proj.forward(workspace, x);
+        let latents = self.kv_a_norm.forward(workspace, keys.slice(s![.., ..rank]));
         keys.slice_mut(s![.., ..rank]).assign(&latents);
-        self.rotate(context, keys.slice_mut(s![.., rank..]));
+        let width = keys.ncols();
+        for (row, key) in rows.iter().zip(elements_mut(&mut keys).chunks_mut(width)) {
+            rotation.apply(row, &mut key[rank..]);
+        }
         keys
     }
 
     /// Queries as the cached keys want them, `[tokens, num_heads * (kv_lora_rank + rope)]`.
-    fn absorbed_queries(&self, context: &AttentionContext<'_>, x: &Activations) -> Array2<f32> {
+    fn absorbed_queries<'a>(
+        &self,
+        workspace: &'a Workspace<'_>,
+        rotation: Rotation<'_>,
+        rows: &[StepRow<'_>],
+        x: ActivationRows<'a>,
+    ) -> ArrayViewMut2<'a, f32> {
         let LatentAttention {
             kv_lora_rank: rank,
             qk_nope_head_dim: nope,
             qk_rope_head_dim: rope,
             ..
         } = self.shape;
-        let queries = self.queries.forward(context.pool, x); // [tokens, num_heads * (nope + rope)]
-        let mut absorbed = Array2::zeros((queries.nrows(), self.heads.len() * (rank + rope)));
-        let heads: Vec<_> = self
-            .heads
-            .iter()
-            .zip(queries.axis_chunks_iter(Axis(1), nope + rope))
-            .zip(absorbed.axis_chunks_iter_mut(Axis(1), rank + rope))
-            .collect();
-        parallel::for_each(context.pool, heads, |((head, query), mut absorbed)| {
-            let latent = project(context.pool, &head.absorb_query, query.slice(s![.., ..nope]));
-            absorbed.slice_mut(s![.., ..rank]).assign(&latent);
-            absorbed.slice_mut(s![.., rank..]).assign(&query.slice(s![.., nope..]));
-            self.rotate(context, absorbed.slice_mut(s![.., rank..]));
+        let queries = self.queries.forward(workspace, x); // [tokens, num_heads * (nope + rope)]
+        let queries = queries.view();
+        let own = |head: usize| queries.slice_move(s![.., head * (nope + rope)..head * (nope + rope) + nope]);
+        let latents = self.of_each_head(workspace, |head| &head.absorb_query, own);
+
+        let mut absorbed = workspace.matrix(rows.len(), self.heads.len() * (rank + rope));
+        let width = absorbed.ncols();
+        let run = parallel::rows_per_task(workspace.pool(), rows.len(), width);
+        let parts = elements_mut(&mut absorbed).chunks_mut(run * width).enumerate();
+        workspace.pool().for_each(workspace.collect(parts), |(part, absorbed)| {
+            for (row, absorbed) in (*part * run..).zip(absorbed.chunks_mut(width)) {
+                let heads = absorbed.chunks_mut(rank + rope).zip(&*latents);
+                let queries = row_of(&queries, row).chunks(nope + rope);
+                for ((absorbed, latents), query) in heads.zip(queries) {
+                    absorbed[..rank].copy_from_slice(row_of(latents, row));
+                    absorbed[rank..].copy_from_slice(&query[nope..]);
+                    rotation.apply(&rows[row], &mut absorbed[rank..]);
+                }
+            }
         });
         absorbed
     }
 
     /// Weighted sums of latents, `[tokens, num_heads * kv_lora_rank]` → head outputs, `[tokens, num_heads * v]`.
-    fn values(&self, pool: &CpuPool, attended: &Array2<f32>) -> Array2<f32> {
-        let mut values = Array2::zeros((attended.nrows(), self.heads.len() * self.shape.v_head_dim));
-        let heads: Vec<_> = self
-            .heads
-            .iter()
-            .zip(attended.axis_chunks_iter(Axis(1), self.shape.kv_lora_rank))
-            .zip(values.axis_chunks_iter_mut(Axis(1), self.shape.v_head_dim))
-            .collect();
-        parallel::for_each(pool, heads, |((head, attended), mut values)| {
-            values.assign(&project(pool, &head.value, attended));
-        });
+    fn values<'a>(&self, workspace: &'a Workspace<'_>, attended: ArrayView2<'a, f32>) -> ArrayViewMut2<'a, f32> {
+        let (rank, value_dim) = (self.shape.kv_lora_rank, self.shape.v_head_dim);
+        let own = |head: usize| attended.slice_move(s![.., head * rank..(head + 1) * rank]);
+        let of_heads = self.of_each_head(workspace, |head| &head.value, own);
+        let mut values = workspace.matrix(attended.nrows(), self.heads.len() * value_dim);
+        for (of_head, mut values) in of_heads.iter().zip(values.axis_chunks_iter_mut(Axis(1), value_dim)) {
+            values.assign(of_head);
+        }
         values
     }
 
-    /// Rotates one rotary part of each row, `[tokens, rope]`.
-    fn rotate(&self, context: &AttentionContext<'_>, mut parts: ArrayViewMut2<'_, f32>) {
-        if !context.layer.rotary {
-            return;
-        }
-        let rotate_row = |row: &StepRow<'_>, part: &mut [f32]| {
-            context
-                .rope
-                .table(row.sequence.rope_length)
-                .apply(part, self.shape.qk_rope_head_dim, row.position);
-        };
-        for (row, mut part) in context.rows.iter().zip(parts.rows_mut()) {
-            rotate_row(row, part.as_slice_mut().expect("elements of a row are adjacent"));
+    /// `x · Wᵀ` of every head at once, with its own rows `[tokens, in]` and its own matrix: `[tokens, out]` each.
+    fn of_each_head<'a>(
+        &self,
+        workspace: &'a Workspace<'_>,
+        matrix: impl Fn(&Head) -> &PackedMatrix,
+        x: impl Fn(usize) -> ArrayView2<'a, f32>,
+    ) -> &'a [ArrayView2<'a, f32>] {
+        let own = workspace.pool().workspace();
+        let products = self.heads.iter().enumerate().map(|(index, head)| {
+            let matrix = matrix(head);
+            let x = ActivationRows::round(workspace, matrix.format().activations(), x(index));
+            (matrix, x)
+        });
+        let products = own.collect(products);
+        let shape = |(matrix, x): &(&PackedMatrix, ActivationRows<'_>)| (x.rows(), matrix.rows());
+        let outs = own.collect(products.iter().map(|product| {
+            let (rows, cols) = shape(product);
+            workspace.filled(rows * cols, 0.0)
+        }));
+        PackedMatrix::matmul_all(workspace.pool(), products, outs);
+        let outs = products.iter().zip(outs).map(|(product, out)| {
+            let out: &'a mut [f32] = std::mem::take(out);
+            ArrayView2::from_shape(shape(product), &*out).expect("rows * cols elements were taken")
+        });
+        workspace.collect(outs)
+    }
+}
+
+/// How rotary parts are turned in one layer.
+#[derive(Clone, Copy)]
+struct Rotation<'a> {
+    layer: &'a LayerConfig,
+    rope: &'a RotaryEmbedding,
+}
+
+impl Rotation<'_> {
+    /// Turns one rotary part of `row`, `[rope]`.
+    fn apply(self, row: &StepRow<'_>, part: &mut [f32]) {
+        if self.layer.rotary && !part.is_empty() {
+            let table = self.rope.table(row.sequence.rope_length);
+            table.apply(part, part.len(), row.position);
         }
     }
 }
 
 impl QueryProjection {
-    fn forward(&self, pool: &CpuPool, x: &Activations) -> Array2<f32> {
+    fn forward<'a>(&self, workspace: &'a Workspace<'_>, x: ActivationRows<'_>) -> ArrayViewMut2<'a, f32> {
         match self {
-            QueryProjection::Plain(linear) => linear.forward(pool, x),
+            QueryProjection::Plain(linear) => linear.forward(workspace, x),
             QueryProjection::LowRank { down, norm, up } => {
-                let latent = norm.forward_parallel(pool, &down.forward(pool, x));
-                up.forward(
-                    pool,
-                    &Activations::round(up.weight.format().activations(), latent.view()),
-                )
+                let latent = down.forward(workspace, x);
+                let normed = norm.forward(workspace, latent.view());
+                let format = up.weight.format().activations();
+                up.forward(workspace, ActivationRows::round(workspace, format, normed.view()))
             }
         }
     }
-}
-
-/// `x · Wᵀ`, `[tokens, in]` → `[tokens, out]`; called from inside a task, where the pool runs it serially.
-fn project(pool: &CpuPool, weight: &PackedMatrix, x: ArrayView2<'_, f32>) -> Array2<f32> {
-    let mut out = Array2::zeros((x.nrows(), weight.rows()));
-    weight.matmul(
-        pool,
-        &Activations::round(weight.format().activations(), x),
-        out.view_mut(),
-    );
-    out
 }
 
 /// The heads of `kv_b`, `[num_heads * (nope + v), kv_lora_rank]`, each loaded as its two halves.

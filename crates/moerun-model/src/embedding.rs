@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use moerun_kernels::PackedMatrix;
 use moerun_weights::TensorRole;
-use ndarray::{Array2, Axis};
+use ndarray::Array2;
 
-use crate::{ModelError, loader::Loader};
+use crate::{ModelError, loader::Loader, memory::reshape};
 
 /// The embedding matrix; a tied head is the same one.
 #[derive(Debug)]
@@ -31,13 +31,12 @@ impl Embedding {
     }
 
     /// `[tokens]` → `[tokens, hidden]`.
-    pub(crate) fn forward(&self, token_ids: &[u32]) -> Array2<f32> {
-        let mut hidden_states = Array2::zeros((token_ids.len(), self.weight.cols()));
-        for (&token_id, mut row) in token_ids.iter().zip(hidden_states.axis_iter_mut(Axis(0))) {
+    pub(crate) fn forward(&self, token_ids: &[u32], hidden_states: &mut Array2<f32>) {
+        reshape(hidden_states, token_ids.len(), self.weight.cols());
+        for (&token_id, mut row) in token_ids.iter().zip(hidden_states.rows_mut()) {
             let row = row.as_slice_mut().expect("a row of a new array is contiguous");
             self.weight.unpack_row(token_id as usize, row);
             row.iter_mut().for_each(|value| *value *= self.multiplier);
         }
-        hidden_states
     }
 }

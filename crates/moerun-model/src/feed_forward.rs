@@ -1,11 +1,11 @@
 //! Feed-forwards that every token takes: of dense layers, and the shared experts of MoE layers.
 
-use moerun_kernels::{Activations, CpuPool, FeedForward, PackedMatrix, dense_feed_forward, sigmoid};
+use moerun_kernels::{ActivationRows, CpuPool, FeedForward, PackedMatrix, dense_feed_forward, sigmoid};
 use moerun_types::{ActivationFormat, SharedExpertConfig};
 use moerun_weights::LayerTensor;
 use ndarray::Array2;
 
-use crate::{ModelError, loader::LayerLoader};
+use crate::{ModelError, loader::LayerLoader, memory::reshape};
 
 /// Loads the feed-forward of a dense layer.
 pub(crate) fn load_dense(loader: &mut LayerLoader<'_, '_>) -> Result<FeedForward, ModelError> {
@@ -22,11 +22,11 @@ pub(crate) fn load_dense(loader: &mut LayerLoader<'_, '_>) -> Result<FeedForward
 }
 
 /// `[tokens, hidden]` → `[tokens, hidden]`.
-pub(crate) fn run(pool: &CpuPool, weights: &FeedForward, x: &Array2<f32>) -> Array2<f32> {
-    let rounded = Activations::round(weights.gate_proj.format().activations(), x.view());
-    let mut out = Array2::zeros(x.raw_dim());
-    dense_feed_forward(pool, weights, &rounded, out.view_mut());
-    out
+pub(crate) fn run(pool: &CpuPool, weights: &FeedForward, x: &Array2<f32>, out: &mut Array2<f32>) {
+    let workspace = pool.workspace();
+    let rounded = ActivationRows::round(&workspace, weights.gate_proj.format().activations(), x.view());
+    reshape(out, x.nrows(), x.ncols());
+    dense_feed_forward(pool, weights, rounded, out.view_mut());
 }
 
 /// The experts that every token takes, as one feed-forward of their summed width.
@@ -56,20 +56,17 @@ impl SharedExperts {
     }
 
     /// `[tokens, hidden]` → `[tokens, hidden]`.
-    pub(crate) fn forward(&self, pool: &CpuPool, x: &Array2<f32>) -> Array2<f32> {
-        let mut out = run(pool, &self.weights, x);
+    pub(crate) fn forward(&self, pool: &CpuPool, x: &Array2<f32>, out: &mut Array2<f32>) {
+        run(pool, &self.weights, x, out);
         if let Some(gate) = &self.gate {
-            let mut logits = Array2::zeros((x.nrows(), 1));
-            gate.matmul(
-                pool,
-                &Activations::round(ActivationFormat::F32, x.view()),
-                logits.view_mut(),
-            );
+            let workspace = pool.workspace();
+            let mut logits = workspace.matrix(x.nrows(), 1);
+            let unrounded = ActivationRows::round(&workspace, ActivationFormat::F32, x.view());
+            gate.matmul(pool, unrounded, logits.view_mut());
             for (mut row, &logit) in out.rows_mut().into_iter().zip(&logits) {
                 let factor = sigmoid(logit);
                 row.iter_mut().for_each(|value| *value *= factor);
             }
         }
-        out
     }
 }

@@ -1,12 +1,12 @@
 //! The gate of a MoE layer: normed rows → router logits → experts and weights.
 
-use moerun_kernels::{Activations, CpuPool};
-use moerun_routing::{GateError, Routing, select_experts};
+use moerun_kernels::{ActivationRows, CpuPool};
+use moerun_routing::{GateError, GateMemory, Routing, select_experts_into};
 use moerun_types::{ActivationFormat, GateConfig, MoeConfig};
 use moerun_weights::LayerTensor;
 use ndarray::Array2;
 
-use crate::{ModelError, linear::Linear, loader::LayerLoader};
+use crate::{ModelError, linear::Linear, loader::LayerLoader, memory::reshape};
 
 /// Router and choice.
 #[derive(Debug)]
@@ -32,13 +32,21 @@ impl Gate {
         })
     }
 
-    /// Router logits, `[tokens, num_experts]`, and the choice made from them.
-    pub(crate) fn forward(&self, pool: &CpuPool, x: &Array2<f32>) -> Result<(Array2<f32>, Routing), GateError> {
-        let router_logits = self
-            .router
-            .forward(pool, &Activations::round(ActivationFormat::F32, x.view()));
+    /// Router logits of `x`, `[tokens, num_experts]`, and the choice made from them.
+    pub(crate) fn forward(
+        &self,
+        pool: &CpuPool,
+        x: &Array2<f32>,
+        router_logits: &mut Array2<f32>,
+        memory: &mut GateMemory,
+        routing: &mut Routing,
+    ) -> Result<(), GateError> {
+        let workspace = pool.workspace();
+        let x = ActivationRows::round(&workspace, ActivationFormat::F32, x.view());
+        reshape(router_logits, x.rows(), self.router.weight.rows());
+        self.router.forward_into(&workspace, x, router_logits.view_mut());
         let correction_bias = self.correction_bias.as_deref();
-        let routing = select_experts(router_logits.view(), &self.config, self.top_k, correction_bias)?;
-        Ok((router_logits, routing))
+        let logits = router_logits.view();
+        select_experts_into(logits, &self.config, self.top_k, correction_bias, memory, routing)
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use moerun_kernels::{Activations, CpuPool, PackedMatrix};
+use moerun_kernels::{ActivationRows, PackedMatrix, Workspace};
 use moerun_weights::TensorRole;
-use ndarray::Array2;
+use ndarray::{ArrayView2, ArrayViewMut2};
 
 use crate::{ModelError, embedding::Embedding, loader::Loader};
 
@@ -36,10 +36,15 @@ impl Head {
     }
 
     /// `[rows, hidden]` → `[rows, vocab]`.
-    pub(crate) fn forward(&self, pool: &CpuPool, normed: &Array2<f32>) -> Array2<f32> {
-        let x = Activations::round(self.weight.format().activations(), normed.view());
-        let mut logits = Array2::zeros((normed.nrows(), self.weight.rows()));
-        self.weight.matmul(pool, &x, logits.view_mut());
+    pub(crate) fn forward<'w>(
+        &self,
+        workspace: &'w Workspace<'_>,
+        normed: ArrayView2<'_, f32>,
+    ) -> ArrayViewMut2<'w, f32> {
+        let own = workspace.pool().workspace();
+        let x = ActivationRows::round(&own, self.weight.format().activations(), normed);
+        let mut logits = workspace.matrix(normed.nrows(), self.weight.rows());
+        self.weight.matmul(workspace.pool(), x, logits.view_mut());
         if let Some(bias) = &self.bias {
             for mut row in logits.rows_mut() {
                 row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);

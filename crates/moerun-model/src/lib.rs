@@ -28,6 +28,7 @@ mod feed_forward;
 mod gate;
 mod layer;
 
+mod memory;
 mod parallel;
 
 pub use error::ModelError;

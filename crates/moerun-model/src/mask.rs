@@ -18,14 +18,15 @@ fn first_key(mask: AttentionMask, row: &StepRow<'_>) -> usize {
 }
 
 /// The keys that every row of a step sees under `mask`.
-pub(crate) fn attention_rows<'a>(mask: AttentionMask, rows: &[StepRow<'a>]) -> Vec<AttentionRow<'a>> {
-    rows.iter()
-        .map(|row| AttentionRow {
-            pages: row.sequence.pages,
-            first_key: first_key(mask, row),
-            end_key: row.position + 1,
-        })
-        .collect()
+pub(crate) fn attention_rows<'a>(
+    mask: AttentionMask,
+    rows: impl IntoIterator<Item = StepRow<'a>>,
+) -> impl Iterator<Item = AttentionRow<'a>> {
+    rows.into_iter().map(move |row| AttentionRow {
+        pages: row.sequence.pages,
+        first_key: first_key(mask, &row),
+        end_key: row.position + 1,
+    })
 }
 
 #[cfg(test)]
@@ -41,8 +42,7 @@ mod tests {
             pages: &[],
             rope_length: 0,
         }];
-        attention_rows(mask, &Step { sequences: &sequences }.rows())
-            .iter()
+        attention_rows(mask, Step { sequences: &sequences }.rows())
             .map(|row| (row.first_key, row.end_key))
             .collect()
     }

@@ -1,9 +1,9 @@
 //! Normalisation of the residual stream and of queries and keys.
 
-use moerun_kernels::{CpuPool, layer_norm, rms_norm, rms_norm_weightless};
+use moerun_kernels::{CpuPool, Workspace, layer_norm, rms_norm, rms_norm_weightless};
 use moerun_types::{NormConfig, NormKind};
 use moerun_weights::{LayerTensor, TensorRole};
-use ndarray::{Array2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 
 use crate::{
     ModelError,
@@ -51,29 +51,26 @@ impl Norm {
         }
     }
 
-    /// `[tokens, hidden]` → `[tokens, hidden]`, on the calling thread.
-    pub(crate) fn forward(&self, x: &Array2<f32>) -> Array2<f32> {
-        let mut out = Array2::zeros(x.raw_dim());
-        self.normalize(x.view(), out.view_mut());
-        out
-    }
-
     /// `[tokens, hidden]` → `[tokens, hidden]`, rows spread over the pool.
-    pub(crate) fn forward_parallel(&self, pool: &CpuPool, x: &Array2<f32>) -> Array2<f32> {
-        let (tokens, hidden) = x.dim();
-        let mut out = Array2::zeros(x.raw_dim());
-        let runs = parallel::row_runs(pool, tokens, hidden);
-        let run_rows = runs.first().map_or(1, |run| run.len());
-        let parts: Vec<_> = runs
-            .iter()
-            .cloned()
-            .zip(out.axis_chunks_iter_mut(ndarray::Axis(0), run_rows))
-            .collect();
-        parallel::for_each(pool, parts, |(run, part)| self.normalize(x.slice(s![run, ..]), part));
+    pub(crate) fn forward<'w>(&self, workspace: &'w Workspace<'_>, x: ArrayView2<'_, f32>) -> ArrayViewMut2<'w, f32> {
+        let mut out = workspace.matrix(x.nrows(), x.ncols());
+        self.forward_into(workspace.pool(), x, out.view_mut());
         out
     }
 
-    fn normalize(&self, x: ndarray::ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) {
+    /// [`Norm::forward`] into `out`.
+    pub(crate) fn forward_into(&self, pool: &CpuPool, x: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f32>) {
+        let rows = parallel::rows_per_task(pool, x.nrows(), x.ncols());
+        let workspace = pool.workspace();
+        let parts = x
+            .axis_chunks_iter(Axis(0), rows)
+            .zip(out.axis_chunks_iter_mut(Axis(0), rows));
+        pool.for_each(workspace.collect(parts), |(x, out)| {
+            self.normalize(x.view(), out.view_mut())
+        });
+    }
+
+    fn normalize(&self, x: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f32>) {
         match &self.bias {
             Some(bias) => layer_norm(x, &self.weight, bias, self.epsilon, out),
             None => rms_norm(x, &self.weight, self.epsilon, out),
@@ -98,6 +95,8 @@ pub(crate) fn rms_norm_heads(row: &mut [f32], head_dim: usize, epsilon: f32) {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::{Array2, s};
+
     use super::*;
 
     #[test]
@@ -113,9 +112,11 @@ mod tests {
             epsilon: 1e-5,
         };
         for norm in [Norm::rms(weight, 1e-6), layer_norm] {
-            let spread = norm.forward_parallel(&CpuPool::new(3), &x);
+            let pool = CpuPool::new(3);
+            let workspace = pool.workspace();
+            let spread = norm.forward(&workspace, x.view());
             for row in [0, 1, 499, 999] {
-                let alone = norm.forward(&x.slice(s![row..row + 1, ..]).to_owned());
+                let alone = norm.forward(&workspace, x.slice(s![row..row + 1, ..]));
                 let bits = |value: &f32| value.to_bits();
                 assert!(alone.iter().map(bits).eq(spread.row(row).iter().map(bits)), "row {row}");
             }

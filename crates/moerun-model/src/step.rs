@@ -38,39 +38,29 @@ impl<'a> Step<'a> {
         self.sequences.last().map_or(0, |sequence| sequence.rows.end)
     }
 
-    /// The rows before row `at`, and the others counted from it: a sequence may be cut in two. Run in this order, layer
-    /// by layer, they compute what the whole would.
-    pub fn split(&self, at: usize) -> (Vec<StepSequence<'a>>, Vec<StepSequence<'a>>) {
-        let mut parts = (Vec::new(), Vec::new());
-        for sequence in self.sequences {
+    /// The sequences of `rows`, their rows counted from the first of those: a sequence may be cut. Parts that follow one
+    /// another, run in this order layer by layer, compute what the whole would.
+    pub fn part(&self, rows: Range<usize>) -> impl Iterator<Item = StepSequence<'a>> {
+        self.sequences.iter().filter_map(move |sequence| {
             let Range { start, end } = sequence.rows;
-            let border = at.clamp(start, end);
-            if start < border {
-                parts.0.push(StepSequence {
-                    rows: start..border,
-                    ..sequence.clone()
-                });
-            }
-            if border < end {
-                parts.1.push(StepSequence {
-                    rows: border - at..end - at,
-                    first_position: sequence.first_position + border - start,
-                    ..sequence.clone()
-                });
-            }
-        }
-        parts
+            let (first, end) = (start.clamp(rows.start, rows.end), end.clamp(rows.start, rows.end));
+            (first < end).then(|| StepSequence {
+                rows: first - rows.start..end - rows.start,
+                first_position: sequence.first_position + first - start,
+                ..sequence.clone()
+            })
+        })
     }
 
     /// Every row in order.
-    pub(crate) fn rows(&self) -> Vec<StepRow<'a>> {
+    pub(crate) fn rows(&self) -> impl Iterator<Item = StepRow<'a>> {
         let place = |sequence: &'a StepSequence<'a>| {
             (0..sequence.rows.len()).map(move |offset| StepRow {
                 sequence,
                 position: sequence.first_position + offset,
             })
         };
-        self.sequences.iter().flat_map(place).collect()
+        self.sequences.iter().flat_map(place)
     }
 }
 
@@ -97,13 +87,13 @@ mod tests {
             },
         ];
         let step = Step { sequences: &sequences };
-        let positions: Vec<usize> = step.rows().iter().map(|row| row.position).collect();
+        let positions: Vec<usize> = step.rows().map(|row| row.position).collect();
         assert_eq!(step.tokens(), 3);
         assert_eq!(positions, [5, 6, 0]);
     }
 
     #[test]
-    fn the_parts_of_a_split_have_the_rows_of_the_whole() {
+    fn parts_have_the_rows_of_the_whole() {
         let sequence = |rows: Range<usize>, first_position| StepSequence {
             rows,
             first_position,
@@ -114,10 +104,10 @@ mod tests {
         let sequences = [sequence(0..3, 5), sequence(3..4, 0), sequence(4..9, 70)];
         let whole = Step { sequences: &sequences };
         let positions = |sequences: &[StepSequence<'_>]| -> Vec<usize> {
-            Step { sequences }.rows().iter().map(|row| row.position).collect()
+            Step { sequences }.rows().map(|row| row.position).collect()
         };
         for at in 0..=9 {
-            let (first, second) = whole.split(at);
+            let (first, second): (Vec<_>, Vec<_>) = (whole.part(0..at).collect(), whole.part(at..9).collect());
             let together = [positions(&first), positions(&second)].concat();
             assert_eq!(together, positions(&sequences), "cut at {at}");
             for (part, tokens) in [(&first, at), (&second, 9 - at)] {

@@ -44,6 +44,23 @@ impl PartialSums {
         }
     }
 
+    /// Becomes zeros of these rows, in the memory that it has if that is enough and the mode is the same.
+    pub fn reset(&mut self, mode: CombineMode, rows: usize, hidden: usize) {
+        match (&mut *self, mode) {
+            (PartialSums::Exact { hidden: width, sums }, CombineMode::Exact) => {
+                *width = hidden;
+                sums.clear();
+                sums.resize(rows * hidden, 0);
+            }
+            (PartialSums::Fast { hidden: width, sums }, CombineMode::Fast) => {
+                *width = hidden;
+                sums.clear();
+                sums.resize(rows * hidden, 0.0);
+            }
+            _ => *self = PartialSums::zeros(mode, rows, hidden),
+        }
+    }
+
     /// How these sums are added.
     pub fn mode(&self) -> CombineMode {
         match self {
@@ -146,13 +163,22 @@ impl PartialSums {
 
     /// The combined values, `[rows, hidden]`: exact sums are converted once, to nearest even, times 2^-40.
     pub fn to_f32(&self) -> Array2<f32> {
-        let (rows, hidden) = (self.rows(), self.hidden());
+        let mut values = Array2::default((0, 0));
+        self.write_to(&mut values);
+        values
+    }
+
+    /// [`PartialSums::to_f32`] into `values`, whatever that was, in its memory if that is enough.
+    pub fn write_to(&self, values: &mut Array2<f32>) {
+        let (mut data, _) = std::mem::take(values).into_raw_vec_and_offset();
+        data.clear();
+        let len = self.rows() * self.hidden();
         let scale = 1.0 / (1u64 << COMBINE_FRACTION_BITS) as f32;
-        let values = match self {
-            PartialSums::Exact { sums, .. } => sums[..rows * hidden].iter().map(|&sum| sum as f32 * scale).collect(),
-            PartialSums::Fast { sums, .. } => sums[..rows * hidden].to_vec(),
-        };
-        Array2::from_shape_vec((rows, hidden), values).expect("rows * hidden values were taken")
+        match self {
+            PartialSums::Exact { sums, .. } => data.extend(sums[..len].iter().map(|&sum| sum as f32 * scale)),
+            PartialSums::Fast { sums, .. } => data.extend_from_slice(&sums[..len]),
+        }
+        *values = Array2::from_shape_vec((self.rows(), self.hidden()), data).expect("rows * hidden values were taken");
     }
 }
 

@@ -12,7 +12,7 @@ pub use error::GateError;
 use sparse_mixer::sparse_mixer;
 
 /// The experts of each token and the weights of their outputs, both `[tokens, top_k]`, row-major, best expert first.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Routing {
     /// Experts per token.
     pub top_k: usize,
@@ -45,34 +45,46 @@ pub fn select_experts(
     top_k: usize,
     correction_bias: Option<&[f32]>,
 ) -> Result<Routing, GateError> {
-    let (tokens, num_experts) = router_logits.dim();
+    let mut routing = Routing::default();
+    let memory = &mut GateMemory::default();
+    select_experts_into(router_logits, gate, top_k, correction_bias, memory, &mut routing)?;
+    Ok(routing)
+}
+
+/// [`select_experts`] into `routing`, whatever that was before, with memory of earlier calls: a call like one before
+/// asks for none. After an error `routing` is meaningless.
+pub fn select_experts_into(
+    router_logits: ArrayView2<'_, f32>,
+    gate: &GateConfig,
+    top_k: usize,
+    correction_bias: Option<&[f32]>,
+    memory: &mut GateMemory,
+    routing: &mut Routing,
+) -> Result<(), GateError> {
+    let num_experts = router_logits.ncols();
     check_correction_bias(gate, num_experts, correction_bias)?;
     check_choice(gate, num_experts, top_k)?;
 
-    let mut routing = Routing {
-        top_k,
-        expert_ids: Vec::with_capacity(tokens * top_k),
-        routing_weights: Vec::with_capacity(tokens * top_k),
-    };
-    let mut token = TokenGate::new(gate, top_k, correction_bias);
+    routing.top_k = top_k;
+    routing.expert_ids.clear();
+    routing.routing_weights.clear();
     for (row, logits) in router_logits.outer_iter().enumerate() {
-        token.logits.clear();
-        token.logits.extend(logits.iter());
-        if let Some(expert) = token.logits.iter().position(|logit| !logit.is_finite()) {
+        memory.logits.clear();
+        memory.logits.extend(logits.iter());
+        if let Some(expert) = memory.logits.iter().position(|logit| !logit.is_finite()) {
             return Err(GateError::NonFinite {
                 row,
                 expert,
-                value: token.logits[expert],
+                value: memory.logits[expert],
             });
         }
-        token.select();
+        memory.select(gate, top_k, correction_bias);
         // `check_choice` refused widths that a u16 cannot number.
-        routing
-            .expert_ids
-            .extend(token.chosen.iter().map(|&expert| ExpertId(expert as u16)));
-        routing.routing_weights.extend_from_slice(&token.weights);
+        let chosen = memory.chosen.iter().map(|&expert| ExpertId(expert as u16));
+        routing.expert_ids.extend(chosen);
+        routing.routing_weights.extend_from_slice(&memory.weights);
     }
-    Ok(routing)
+    Ok(())
 }
 
 fn check_correction_bias(
@@ -132,12 +144,10 @@ fn check_choice(gate: &GateConfig, num_experts: usize, top_k: usize) -> Result<(
     Ok(())
 }
 
-/// The gate on one token, with the buffers that the next token uses again.
-struct TokenGate<'a> {
-    gate: &'a GateConfig,
-    top_k: usize,
-    correction_bias: Option<&'a [f32]>,
-    /// `[num_experts]`, set before [`TokenGate::select`].
+/// What the gate works with on one token, used again by the next.
+#[derive(Debug, Clone, Default)]
+pub struct GateMemory {
+    /// `[num_experts]`, set before `select`.
     logits: Vec<f32>,
     /// `[num_experts]`: what the weights are read from.
     scores: Vec<f32>,
@@ -152,60 +162,46 @@ struct TokenGate<'a> {
     weights: Vec<f32>,
 }
 
-impl<'a> TokenGate<'a> {
-    fn new(gate: &'a GateConfig, top_k: usize, correction_bias: Option<&'a [f32]>) -> Self {
-        Self {
-            gate,
-            top_k,
-            correction_bias,
-            logits: Vec::new(),
-            scores: Vec::new(),
-            choice: Vec::new(),
-            group_scores: Vec::new(),
-            best_groups: Vec::new(),
-            chosen: Vec::new(),
-            weights: Vec::new(),
-        }
-    }
-
-    fn select(&mut self) {
-        if let ScoreFunction::SparseMixer { jitter } = self.gate.score {
-            sparse_mixer(&self.logits, jitter, self.top_k, &mut self.chosen, &mut self.weights);
+impl GateMemory {
+    /// Fills `chosen` and `weights` from the logits.
+    fn select(&mut self, gate: &GateConfig, top_k: usize, correction_bias: Option<&[f32]>) {
+        if let ScoreFunction::SparseMixer { jitter } = gate.score {
+            sparse_mixer(&self.logits, jitter, top_k, &mut self.chosen, &mut self.weights);
         } else {
-            self.score();
-            if let Some(limit) = self.gate.groups {
+            self.score(gate, correction_bias);
+            if let Some(limit) = gate.groups {
                 self.limit_groups(limit);
             }
-            take_best(&self.choice, self.top_k, &mut self.chosen);
+            take_best(&self.choice, top_k, &mut self.chosen);
             self.weights.clear();
             self.weights
                 .extend(self.chosen.iter().map(|&expert| self.scores[expert]));
-            if self.gate.score == ScoreFunction::SoftmaxOfTopK {
+            if gate.score == ScoreFunction::SoftmaxOfTopK {
                 softmax(&mut self.weights);
             }
         }
-        renormalize(&mut self.weights, self.gate.renormalize);
+        renormalize(&mut self.weights, gate.renormalize);
         for weight in &mut self.weights {
-            *weight *= self.gate.routed_scaling_factor;
+            *weight *= gate.routed_scaling_factor;
         }
     }
 
     /// Fills `scores` and `choice` from the logits.
-    fn score(&mut self) {
+    fn score(&mut self, gate: &GateConfig, correction_bias: Option<&[f32]>) {
         self.scores.clear();
         self.scores.extend_from_slice(&self.logits);
-        match self.gate.score {
+        match gate.score {
             ScoreFunction::Softmax => softmax(&mut self.scores),
             ScoreFunction::Sigmoid => self.scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
             ScoreFunction::SoftmaxOfTopK | ScoreFunction::SparseMixer { .. } => {}
         }
         self.choice.clear();
-        match self.correction_bias {
+        match correction_bias {
             Some(bias) => self
                 .choice
                 .extend(self.scores.iter().zip(bias).map(|(score, bias)| score + bias)),
             // A sigmoid saturates at 1.0 from a logit of about 17: the logits still tell those experts apart.
-            None if self.gate.score == ScoreFunction::Sigmoid && self.gate.groups.is_none() => {
+            None if gate.score == ScoreFunction::Sigmoid && gate.groups.is_none() => {
                 self.choice.extend_from_slice(&self.logits);
             }
             None => self.choice.extend_from_slice(&self.scores),

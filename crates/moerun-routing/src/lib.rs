@@ -18,7 +18,7 @@ pub mod planner;
 mod testing;
 
 pub use combine::{CombineError, PartialSums, term_limit, terms_per_element};
-pub use gate::{GateError, Routing, select_experts};
+pub use gate::{GateError, GateMemory, Routing, select_experts, select_experts_into};
 pub use placement::{Placement, PlanError};
 pub use plan::{Assignment, Candidates, LayerPlan, WorkerBatch, whole_assignments};
 pub use shard::{ShardError, ShardItem, ShardSpec};

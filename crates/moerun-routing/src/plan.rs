@@ -213,17 +213,15 @@ impl WorkerBatch {
 }
 
 /// All assignments of one layer for a holder that has every expert whole, ascending by row, best expert first.
-pub fn whole_assignments(routing: &Routing, num_blocks: usize) -> Vec<Assignment> {
+pub fn whole_assignments(routing: &Routing, num_blocks: usize) -> impl Iterator<Item = Assignment> {
     let end = u16::try_from(num_blocks).expect("blocks are numbered by u16: checked when the experts were loaded");
     let blocks = BlockRange { first: 0, end };
-    assigned(routing)
-        .map(|(row, expert, weight)| Assignment {
-            row,
-            expert,
-            blocks,
-            weight,
-        })
-        .collect()
+    assigned(routing).map(move |(row, expert, weight)| Assignment {
+        row,
+        expert,
+        blocks,
+        weight,
+    })
 }
 
 /// `(row, expert, weight)` of every choice, ascending by row, best expert first.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::PossibleValuesParser};
 use moerun_process::Spin;
-use moerun_types::NumberFormat;
+use moerun_types::{CombineMode, NumberFormat};
 use moerun_weights::SHAPES;
 
 pub(crate) use self::plan::{BenchPlanArgs, PlanArgs};
@@ -523,6 +523,14 @@ pub(crate) struct BenchKernelsArgs {
         default_value = "1,2,4,8,16,32,64,128,256"
     )]
     pub(crate) rows: Vec<usize>,
+
+    /// How the experts of a row are added
+    #[arg(long, value_name = "MODE", default_value = "exact")]
+    pub(crate) combine: CombineMode,
+
+    /// Columns of a block of the combine [default: that of the model's size]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) combine_block: Vec<usize>,
 
     /// Threads that compute [default: the machine's cores]
     #[arg(long, value_name = "N")]

@@ -224,7 +224,8 @@ fn repetition_penalty_divides_positive_and_multiplies_negative_logits() {
     let seen = HashSet::from([0, 2, 900]);
     assert_eq!(sample(&[3.0, 2.0, 1.0], &params, &seen, 0).expect("finite"), 1);
     assert_eq!(sample(&[-1.0, -1.5, -0.9], &params, &seen, 0).expect("finite"), 1);
-    assert_eq!(penalise(&[3.0, 2.0, -1.0], &seen, 2.0).as_ref(), [1.5, 2.0, -2.0]);
+    let penalised = &mut vec![9.0; 7];
+    assert_eq!(penalise(&[3.0, 2.0, -1.0], &seen, 2.0, penalised), [1.5, 2.0, -2.0]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use moerun_dispatch::{ExpertBackend, ExpertRequest, LocalExperts};
-use moerun_engine::{Capture, forward_step};
+use moerun_engine::{Capture, Forward, ForwardMemory};
 use moerun_kernels::{CpuPool, KV_PAGE_TOKENS};
 use moerun_model::{ExpertBank, KvCache, Model, MoeInput, Step, StepSequence};
 use moerun_routing::Routing;
@@ -44,6 +44,7 @@ pub(crate) struct Session {
     kv: KvCache,
     pages: Vec<Vec<u32>>,
     lengths: Vec<usize>,
+    memory: ForwardMemory,
 }
 
 /// What a forward pass computed, rows of all sequences one after another.
@@ -115,6 +116,7 @@ impl Fixture {
             kv,
             pages: pages.collect(),
             lengths: vec![0; num_sequences],
+            memory: ForwardMemory::default(),
         }
     }
 
@@ -139,22 +141,20 @@ impl Fixture {
         }
         let step = Step { sequences: &sequences };
         let ids = tokens.concat();
-        let hidden = forward_step(
-            &self.pool,
-            &self.model,
-            &self.experts,
-            &ids,
-            &step,
-            &mut session.kv,
-            capture,
-        )
-        .expect("a step");
+        let forward = Forward {
+            pool: &self.pool,
+            model: &self.model,
+            experts: &self.experts,
+        };
+        let hidden = forward
+            .run(&mut session.memory, &ids, &step, &mut session.kv, capture)
+            .expect("a step");
         session
             .lengths
             .iter_mut()
             .zip(tokens)
             .for_each(|(length, tokens)| *length += tokens.len());
-        self.model.final_norm(&hidden)
+        self.model.final_norm(&self.pool, hidden)
     }
 
     /// Runs one sequence alone, `chunk` tokens at a time.
@@ -174,17 +174,21 @@ impl Fixture {
             .model
             .route_moe_input(&self.pool, layer, rows.clone())
             .expect("finite rows");
-        let shared = self.model.shared_output(&self.pool, layer, rows);
         let pending = self.experts.submit(ExpertRequest {
             layer,
             activations: input.activations,
             routing: input.routing.clone(),
         });
-        let combined = pending
+        let mut output = pending
             .and_then(|pending| pending.wait())
             .expect("local experts")
             .hidden_states;
-        (self.model.moe_output(combined, shared), input.routing)
+        if self.model.has_shared_experts(layer) {
+            let mut shared = Array2::zeros((0, 0));
+            self.model.shared_output(&self.pool, layer, rows, &mut shared);
+            output += &shared;
+        }
+        (output, input.routing)
     }
 
     pub(crate) fn logits(&self, hidden_final: &Array2<f32>) -> Array2<f32> {

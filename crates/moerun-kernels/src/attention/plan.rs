@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::AttentionRow;
-use crate::{Isa, KV_PAGE_TOKENS};
+use crate::{Isa, KV_PAGE_TOKENS, Workspace};
 
 /// Most blocks of vectors that pass over the same pages before the next pages: so many that a page is often found in
 /// the second-level cache, so few that their sums stay in it too.
@@ -44,15 +44,17 @@ impl Unit {
 
 /// All vectors of a call.
 #[derive(Debug)]
-pub(super) struct Plan {
-    pub(super) units: Vec<Unit>,
+pub(super) struct Plan<'w> {
+    pub(super) units: &'w [Unit],
     /// Runs of `units` of about equal work.
-    pub(super) tasks: Vec<Range<usize>>,
+    pub(super) tasks: &'w [Range<usize>],
 }
 
-impl Plan {
+impl<'w> Plan<'w> {
+    /// A plan for `threads` threads, in `workspace`.
     pub(super) fn new(
         isa: Isa,
+        workspace: &'w Workspace<'_>,
         threads: usize,
         rows: &[AttentionRow<'_>],
         heads_per_kv_head: usize,
@@ -60,47 +62,76 @@ impl Plan {
     ) -> Self {
         let total: usize = rows.iter().map(row_work).sum::<usize>() * heads_per_kv_head * kv_heads;
         let target = total.div_ceil(threads * TASKS_PER_THREAD).max(1);
-        let runs = page_sharing_runs(rows);
         let block = block_sizes(isa)[0];
         // Where there are fewer kv heads than threads, vectors of one kv head must be shared out even if they fit a block.
-        let shares = threads.div_ceil(runs.len() * kv_heads);
-        let mut units = Vec::new();
-        let mut tasks = Vec::new();
-        let (mut first_unit, mut task_work) = (0, 0);
-        for run in runs {
+        let shares = threads.div_ceil(page_sharing_runs(rows).count() * kv_heads);
+        let units = page_sharing_runs(rows).flat_map(|run| {
             let vectors = run.len() * heads_per_kv_head;
-            let most = vectors.div_ceil(shares).min(BLOCKS_TOGETHER * block);
-            for kv_head in 0..kv_heads {
-                let mut first = 0;
-                while first < vectors {
-                    let mut end = first;
-                    let mut unit_work = 0;
-                    while end < vectors && end - first < most && unit_work < target {
-                        let next = (end + block).min(first + most).min(vectors);
-                        unit_work += (end..next)
-                            .map(|vector| row_work(&rows[run.start + vector / heads_per_kv_head]))
-                            .sum::<usize>();
-                        end = next;
-                    }
-                    units.push(Unit {
-                        first_row: run.start,
-                        kv_head,
-                        heads_per_kv_head,
-                        vectors: first..end,
-                    });
-                    task_work += unit_work;
-                    if task_work >= target {
-                        tasks.push(first_unit..units.len());
-                        (first_unit, task_work) = (units.len(), 0);
-                    }
-                    first = end;
-                }
+            let cut = Cut {
+                rows: &rows[run.clone()],
+                heads_per_kv_head,
+                block,
+                most: vectors.div_ceil(shares).min(BLOCKS_TOGETHER * block),
+                target,
+            };
+            (0..kv_heads).flat_map(move |kv_head| {
+                cut.vectors().map(move |vectors| Unit {
+                    first_row: run.start,
+                    kv_head,
+                    heads_per_kv_head,
+                    vectors,
+                })
+            })
+        });
+        let units = &*workspace.collect(units);
+        let mut first = 0;
+        let tasks = std::iter::from_fn(|| {
+            let start = first;
+            let mut work = 0;
+            while first < units.len() && work < target {
+                let unit = &units[first];
+                let vectors = unit.vectors.clone();
+                work += vectors
+                    .map(|vector| row_work(&rows[unit.row_and_head(vector).0]))
+                    .sum::<usize>();
+                first += 1;
             }
-        }
-        if first_unit < units.len() {
-            tasks.push(first_unit..units.len());
-        }
+            (start < first).then_some(start..first)
+        });
+        let tasks = workspace.collect(tasks);
         Self { units, tasks }
+    }
+}
+
+/// How the vectors of one kv head and some rows that read the same pages are cut into units.
+#[derive(Clone, Copy)]
+struct Cut<'a> {
+    rows: &'a [AttentionRow<'a>],
+    heads_per_kv_head: usize,
+    /// Vectors are added by as many as this.
+    block: usize,
+    /// Most vectors of a unit.
+    most: usize,
+    /// Work at which a unit ends.
+    target: usize,
+}
+
+impl<'a> Cut<'a> {
+    fn vectors(self) -> impl Iterator<Item = Range<usize>> + 'a {
+        let vectors = self.rows.len() * self.heads_per_kv_head;
+        let mut end = 0;
+        std::iter::from_fn(move || {
+            let first = end;
+            let mut work = 0;
+            while end < vectors && end - first < self.most && work < self.target {
+                let next = (end + self.block).min(first + self.most).min(vectors);
+                work += (end..next)
+                    .map(|vector| row_work(&self.rows[vector / self.heads_per_kv_head]))
+                    .sum::<usize>();
+                end = next;
+            }
+            (first < end).then_some(first..end)
+        })
     }
 }
 
@@ -110,21 +141,19 @@ fn row_work(row: &AttentionRow<'_>) -> usize {
 }
 
 /// Cuts `rows` where the next row reads other pages.
-fn page_sharing_runs(rows: &[AttentionRow<'_>]) -> Vec<Range<usize>> {
-    let mut runs = Vec::new();
-    let mut first = 0;
-    for end in 1..=rows.len() {
-        if end == rows.len() || !std::ptr::eq(rows[end].pages, rows[first].pages) {
-            runs.push(first..end);
-            first = end;
-        }
-    }
-    runs
+fn page_sharing_runs<'a>(rows: &'a [AttentionRow<'_>]) -> impl Iterator<Item = Range<usize>> + 'a {
+    let mut end = 0;
+    rows.chunk_by(|a, b| std::ptr::eq(a.pages, b.pages)).map(move |run| {
+        let start = end;
+        end += run.len();
+        start..end
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::CpuPool;
 
     fn row(pages: &[u32], end_key: usize) -> AttentionRow<'_> {
         AttentionRow {
@@ -142,7 +171,9 @@ mod tests {
         rows.extend((0..30).map(|position| row(&pages[2], 4000 + position)));
         for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
             for (threads, heads, kv_heads) in [(1, 1, 1), (2, 1, 16), (3, 16, 1), (2, 5, 4), (64, 3, 2)] {
-                let plan = Plan::new(isa, threads, &rows, heads, kv_heads);
+                let pool = CpuPool::new(1);
+                let workspace = pool.workspace();
+                let plan = Plan::new(isa, &workspace, threads, &rows, heads, kv_heads);
                 let mut seen = vec![0; rows.len() * heads * kv_heads];
                 for unit in plan.tasks.iter().flat_map(|task| &plan.units[task.clone()]) {
                     for vector in unit.vectors.clone() {
@@ -162,7 +193,9 @@ mod tests {
     fn tasks_are_about_equal_whatever_the_skew() {
         let pages = vec![0; 300];
         let rows: Vec<_> = (0..4000).map(|position| row(&pages, position + 1)).collect();
-        let plan = Plan::new(Isa::Avx512, 2, &rows, 1, 16);
+        let pool = CpuPool::new(1);
+        let workspace = pool.workspace();
+        let plan = Plan::new(Isa::Avx512, &workspace, 2, &rows, 1, 16);
         let works: Vec<usize> = plan
             .tasks
             .iter()
@@ -179,7 +212,9 @@ mod tests {
     #[test]
     fn heads_of_one_kv_head_are_shared_out_when_there_is_nothing_else_to_share() {
         let pages = vec![0; 300];
-        let plan = Plan::new(Isa::Avx512, 2, &[row(&pages, 4000)], 16, 1);
+        let pool = CpuPool::new(1);
+        let workspace = pool.workspace();
+        let plan = Plan::new(Isa::Avx512, &workspace, 2, &[row(&pages, 4000)], 16, 1);
         let vectors: Vec<_> = plan.units.iter().map(|unit| unit.vectors.clone()).collect();
         assert_eq!(vectors, [0..8, 8..16]);
         assert_eq!(plan.tasks, [0..1, 1..2]);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use moerun_types::{Activation, ActivationFormat, QUANTIZED_BLOCK};
 
 use crate::{
-    Activations, CpuPool, FeedForward, Isa,
+    ActivationRows, FeedForward, Isa, Workspace,
     bf16::to_bf16,
     exponential::{gelu, gelu_tanh, logistic, silu},
     interleaved::{InterleavedRows, RowBlock, RowsToWrite, bf16_pair, words},
@@ -28,34 +28,40 @@ pub(super) struct Wanted<'a> {
 }
 
 /// For each of `wanted`, `[rows, cols.len()]`, rounded for its down projection.
-pub(super) fn intermediates(isa: Isa, pool: &CpuPool, x: &Activations, wanted: &[Wanted<'_>]) -> Vec<InterleavedRows> {
-    let inputs: Vec<InterleavedRows> = wanted
-        .iter()
-        .map(|wanted| InterleavedRows::from_activations(isa, wanted.weights.gate_proj.format(), pool, x, wanted.rows))
-        .collect();
-    let mut outputs: Vec<InterleavedRows> = wanted
-        .iter()
-        .zip(&inputs)
-        .map(|(wanted, input)| {
-            InterleavedRows::zeroed(isa, wanted.weights.down_proj.format(), input.rows(), wanted.cols.len())
-        })
-        .collect();
+pub(super) fn intermediates<'w>(
+    isa: Isa,
+    workspace: &'w Workspace<'_>,
+    x: ActivationRows<'_>,
+    wanted: &[Wanted<'_>],
+) -> &'w [InterleavedRows<'w>] {
+    let pool = workspace.pool();
+    // What only this half reads is given back at its end.
+    let own = pool.workspace();
+    let inputs =
+        own.collect(wanted.iter().map(|wanted| {
+            InterleavedRows::from_activations(isa, &own, wanted.weights.gate_proj.format(), x, wanted.rows)
+        }));
+    let outputs = workspace.collect(wanted.iter().zip(&*inputs).map(|(wanted, input)| {
+        let format = wanted.weights.down_proj.format();
+        InterleavedRows::zeroed(isa, workspace, format, input.rows(), wanted.cols.len())
+    }));
     let all_panels: usize = wanted.iter().map(|wanted| panels_of(&wanted.cols).len()).sum();
-    let mut tasks = Vec::new();
-    let mut work = 0;
-    for (index, (wanted, input)) in wanted.iter().zip(&inputs).enumerate() {
-        let work_per_panel = 2 * input.rows() * input.cols() * LANES;
-        let panels = panels_of(&wanted.cols);
-        let chunk = panels_per_task(all_panels, work_per_panel, pool.threads());
-        work += work_per_panel * panels.len();
-        tasks.extend(
-            panels
-                .clone()
-                .step_by(chunk)
-                .map(|first| (index, first..panels.end.min(first + chunk))),
-        );
-    }
-    let parts: Vec<RowsToWrite<'_>> = outputs.iter_mut().map(|rows| rows.writer().0).collect();
+    let work_per_panel = |input: &InterleavedRows<'_>| 2 * input.rows() * input.cols() * LANES;
+    let work = wanted.iter().zip(&*inputs);
+    let work = work.map(|(wanted, input)| work_per_panel(input) * panels_of(&wanted.cols).len());
+    let work = work.sum();
+    let tasks = wanted
+        .iter()
+        .zip(&*inputs)
+        .enumerate()
+        .flat_map(|(index, (wanted, input))| {
+            let panels = panels_of(&wanted.cols);
+            let chunk = panels_per_task(all_panels, work_per_panel(input), pool.threads());
+            let chunks = panels.clone().step_by(chunk);
+            chunks.map(move |first| (index, first..panels.end.min(first + chunk)))
+        });
+    let tasks = own.collect(tasks);
+    let parts = own.collect(outputs.iter_mut().map(|rows| rows.writer().0));
     pool.run_sized(tasks.len(), work, &|task| {
         let (index, panels) = tasks[task].clone();
         isa.dispatch(GateUp {
@@ -65,7 +71,6 @@ pub(super) fn intermediates(isa: Isa, pool: &CpuPool, x: &Activations, wanted: &
             out: &parts[index],
         });
     });
-    drop(parts);
     outputs
 }
 
@@ -81,7 +86,7 @@ fn panels_of(cols: &Range<usize>) -> Range<usize> {
 /// A run of panels of one feed-forward's gate and up projections, for all its rows.
 struct GateUp<'a> {
     wanted: &'a Wanted<'a>,
-    x: &'a InterleavedRows,
+    x: &'a InterleavedRows<'a>,
     panels: Range<usize>,
     out: &'a RowsToWrite<'a>,
 }

@@ -3,6 +3,7 @@ use ndarray::{Array2, s};
 
 use super::*;
 use crate::{
+    Activations,
     row_products::MAX_TERM_LIMIT,
     test_data::{Rng, pack_array, product_by_definition, rounded_rows, rounded_weights},
 };
@@ -225,8 +226,8 @@ impl Case {
         } = *self;
         let grouped = Grouped {
             isa,
-            pool: &pool,
-            x,
+            workspace: &pool.workspace(),
+            x: x.into(),
             groups,
             weight_on_input,
             combine_block,
@@ -361,8 +362,8 @@ fn all_variants_and_thread_counts_give_the_same_bits() {
             } = case;
             Grouped {
                 isa,
-                pool,
-                x: &x,
+                workspace: &pool.workspace(),
+                x: (&x).into(),
                 groups: &groups,
                 weight_on_input,
                 combine_block,
@@ -372,7 +373,7 @@ fn all_variants_and_thread_counts_give_the_same_bits() {
         };
         let dense = |isa, pool: &CpuPool| {
             let mut out = Array2::from_elem((case.x.nrows(), case.hidden), f32::NAN);
-            dense_feed_forward_on(isa, pool, &weights[0], &x, out.view_mut());
+            dense_feed_forward_on(isa, pool, &weights[0], (&x).into(), out.view_mut());
             out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
         let one = CpuPool::new(1);
@@ -541,12 +542,11 @@ fn outcomes(hidden: usize, experts: &[FeedForward], limit: f32) -> Vec<Result<()
         for threads in [1, 2, 3] {
             for _ in 0..5 {
                 let pool = CpuPool::new(threads);
-                let (x, groups) = (&x, &groups);
                 let grouped = Grouped {
                     isa,
-                    pool: &pool,
-                    x,
-                    groups,
+                    workspace: &pool.workspace(),
+                    x: (&x).into(),
+                    groups: &groups,
                     weight_on_input: false,
                     combine_block: 8,
                 };

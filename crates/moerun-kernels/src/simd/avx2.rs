@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use super::{Simd, nearest};
+use super::{ROUND_F64, Simd, TWO_32};
 use crate::{
     exponential::ROUND,
     isa::{Kernel, run_avx2},
@@ -31,7 +31,7 @@ impl Simd for Avx2 {
     type I8Quads = [[__m256i; 2]; 2];
     type U8Quads = [__m256i; 2];
     type I32s = [__m256i; 2];
-    type I64s = [i64; LANES];
+    type I64s = [__m256i; 4];
     const TILE_ROWS: &'static [usize] = &[6, 4, 2, 1];
     const BLOCK_TILE_ROWS: &'static [usize] = &[4, 2, 1];
     const I8_BIAS: i32 = 0;
@@ -121,33 +121,60 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn zero_i64(self) -> [i64; LANES] {
-        [0; LANES]
+    fn zero_i64(self) -> [__m256i; 4] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_setzero_si256(); 4] }
     }
 
+    /// [`super::nearest`], four lanes at a time.
     #[inline(always)]
-    fn add_rounded(self, sums: [i64; LANES], values: [__m256; 2]) -> [i64; LANES] {
+    fn add_rounded(self, sums: [__m256i; 4], values: [__m256; 2]) -> [__m256i; 4] {
         let mut sums = sums;
-        for (sum, value) in sums.iter_mut().zip(self.store(values)) {
-            *sum = sum.wrapping_add(nearest(value));
+        // SAFETY: `self` proves AVX2.
+        unsafe {
+            let quarters = [
+                _mm256_castps256_ps128(values[0]),
+                _mm256_extractf128_ps::<1>(values[0]),
+                _mm256_castps256_ps128(values[1]),
+                _mm256_extractf128_ps::<1>(values[1]),
+            ];
+            let (round, two_32) = (_mm256_set1_pd(ROUND_F64), _mm256_set1_pd(TWO_32));
+            let integer = |shifted| _mm256_sub_epi64(_mm256_castpd_si256(shifted), _mm256_castpd_si256(round));
+            for (sum, quarter) in sums.iter_mut().zip(quarters) {
+                let value = _mm256_cvtps_pd(quarter);
+                let upper_shifted = _mm256_add_pd(_mm256_mul_pd(value, _mm256_set1_pd(1.0 / TWO_32)), round);
+                let upper = _mm256_sub_pd(upper_shifted, round);
+                let lower_shifted = _mm256_add_pd(_mm256_sub_pd(value, _mm256_mul_pd(upper, two_32)), round);
+                let nearest = _mm256_add_epi64(_mm256_slli_epi64::<32>(integer(upper_shifted)), integer(lower_shifted));
+                *sum = _mm256_add_epi64(*sum, nearest);
+            }
         }
         sums
     }
 
     #[inline(always)]
-    fn add_to(self, sums: [i64; LANES], out: &mut [i64; LANES]) {
-        out.iter_mut()
-            .zip(sums)
-            .for_each(|(out, sum)| *out = out.wrapping_add(sum));
+    fn add_to(self, sums: [__m256i; 4], out: &mut [i64; LANES]) {
+        let (quarters, _) = out.as_chunks_mut::<4>();
+        for (out, sum) in quarters.iter_mut().zip(sums) {
+            // SAFETY: `self` proves AVX2; four i64 are readable and writable.
+            unsafe {
+                let before = _mm256_loadu_si256(out.as_ptr().cast());
+                _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_add_epi64(before, sum));
+            }
+        }
     }
 
     #[inline(always)]
     fn all_below(self, values: [__m256; 2], limit: [__m256; 2]) -> bool {
-        let mut all = true;
-        for (value, limit) in self.store(values).into_iter().zip(self.store(limit)) {
-            all &= value.abs() < limit;
+        // SAFETY: `self` proves AVX.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            let below = |half: usize| {
+                let magnitude = _mm256_andnot_ps(sign, values[half]);
+                _mm256_cmp_ps::<_CMP_LT_OQ>(magnitude, limit[half])
+            };
+            _mm256_movemask_ps(_mm256_and_ps(below(0), below(1))) == 0xff
         }
-        all
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! One batch: check it, group it by slice, run the groups.
 
-use moerun_kernels::{Activations, CpuPool, ExactTermError, Group, grouped_exact, grouped_fast};
-use moerun_routing::{Assignment, PartialSums};
+use moerun_kernels::{Activations, CpuPool, ExactTermError, Group, Workspace, grouped_exact, grouped_fast};
+use moerun_routing::{Assignment, PartialSums, Routing, whole_assignments};
 use moerun_types::{BlockRange, LayerId, MoeConfig, RoutingWeightTarget};
 
 use super::{ExpertBank, ExpertError};
@@ -30,33 +30,58 @@ impl ExpertBank {
         x: &Activations,
         assignments: &[Assignment],
     ) -> Result<PartialSums, ExpertError> {
+        let mut sums = PartialSums::zeros(self.numerics.combine, 0, self.config.hidden);
+        self.execute_into(pool, layer, x, assignments.iter().copied(), &mut sums)?;
+        Ok(sums)
+    }
+
+    /// Runs all that `routing` chose on `x`, by a bank that holds every expert whole, as [`ExpertBank::execute`] does,
+    /// into `sums`, whatever that was before; after an error it is meaningless.
+    pub fn execute_whole(
+        &self,
+        pool: &CpuPool,
+        layer: LayerId,
+        x: &Activations,
+        routing: &Routing,
+        sums: &mut PartialSums,
+    ) -> Result<(), ExpertError> {
+        let intermediate = self.config.moe.as_ref().map_or(0, |moe| moe.intermediate);
+        let assignments = whole_assignments(routing, self.numerics.num_blocks(intermediate));
+        self.execute_into(pool, layer, x, assignments, sums)
+    }
+
+    fn execute_into(
+        &self,
+        pool: &CpuPool,
+        layer: LayerId,
+        x: &Activations,
+        assignments: impl Iterator<Item = Assignment>,
+        sums: &mut PartialSums,
+    ) -> Result<(), ExpertError> {
         self.check_activations(x)?;
-        let mut located = assignments
-            .iter()
-            .map(|assignment| self.locate(layer, x.rows(), assignment))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut sums = PartialSums::zeros(self.numerics.combine, x.rows(), self.config.hidden);
+        let workspace = pool.workspace();
+        let located = assignments.map(|assignment| self.locate(layer, x.rows(), &assignment));
+        let located = workspace.try_collect(located)?;
+        sums.reset(self.numerics.combine, x.rows(), self.config.hidden);
         let Some(moe) = self.config.moe.as_ref().filter(|_| !located.is_empty()) else {
-            return Ok(sums);
+            return Ok(());
         };
         located.sort_unstable_by_key(|work| (work.row, work.held, work.blocks));
-        self.check_rows(moe, &located)?;
+        self.check_rows(moe, located)?;
 
         // Groups ascend by expert, so that fast mode too adds a row's experts in an order of its own.
         located.sort_unstable_by_key(|work| (work.held, work.blocks, work.row));
-        let rows: Vec<u32> = located.iter().map(|work| work.row).collect();
-        let routing_weights: Vec<f32> = located.iter().map(|work| work.weight).collect();
-        let groups = self.groups(&located, &rows, &routing_weights);
+        let groups = self.groups(&workspace, located);
         let weight_on_input = moe.weight_target == RoutingWeightTarget::Input;
         let block = self.numerics.combine_block;
-        match &mut sums {
+        match sums {
             PartialSums::Exact { sums, .. } => {
-                grouped_exact(pool, x, &groups, weight_on_input, block, self.term_limit, sums)
-                    .map_err(|error| self.term_error(&located, error))?;
+                grouped_exact(pool, x, groups, weight_on_input, block, self.term_limit, sums)
+                    .map_err(|error| self.term_error(located, error))?;
             }
-            PartialSums::Fast { sums, .. } => grouped_fast(pool, x, &groups, weight_on_input, block, sums),
+            PartialSums::Fast { sums, .. } => grouped_fast(pool, x, groups, weight_on_input, block, sums),
         }
-        Ok(sums)
+        Ok(())
     }
 
     fn check_activations(&self, x: &Activations) -> Result<(), ExpertError> {
@@ -135,25 +160,24 @@ impl ExpertBank {
         Ok(())
     }
 
-    /// One group per held run and blocks; `rows` and `routing_weights` are those of `located`, which ascends by held
-    /// run, blocks and row.
-    fn groups<'a>(&'a self, located: &[Located], rows: &'a [u32], routing_weights: &'a [f32]) -> Vec<Group<'a>> {
+    /// One group per held run and blocks of `located`, which ascends by held run, blocks and row.
+    fn groups<'a>(&'a self, workspace: &'a Workspace<'_>, located: &[Located]) -> &'a [Group<'a>] {
+        let rows = &*workspace.collect(located.iter().map(|work| work.row));
+        let routing_weights = &*workspace.collect(located.iter().map(|work| work.weight));
         let mut start = 0;
-        by_group(located)
-            .map(|of_group| {
-                let places = start..start + of_group.len();
-                start = places.end;
-                let Located { held, blocks, .. } = of_group[0];
-                let (weights, first) = (&self.weights[held], self.held[held].blocks.first);
-                Group {
-                    weights,
-                    rows: &rows[places.clone()],
-                    routing_weights: &routing_weights[places],
-                    blocks: usize::from(blocks.first - first)..usize::from(blocks.end - first),
-                    owes_down_bias: blocks.first == 0 && weights.down_bias.is_some(),
-                }
-            })
-            .collect()
+        workspace.collect(by_group(located).map(|of_group| {
+            let places = start..start + of_group.len();
+            start = places.end;
+            let Located { held, blocks, .. } = of_group[0];
+            let (weights, first) = (&self.weights[held], self.held[held].blocks.first);
+            Group {
+                weights,
+                rows: &rows[places.clone()],
+                routing_weights: &routing_weights[places],
+                blocks: usize::from(blocks.first - first)..usize::from(blocks.end - first),
+                owes_down_bias: blocks.first == 0 && weights.down_bias.is_some(),
+            }
+        }))
     }
 
     fn term_error(&self, located: &[Located], error: ExactTermError) -> ExpertError {

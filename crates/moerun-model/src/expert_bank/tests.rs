@@ -81,7 +81,7 @@ impl Golden {
     }
 
     fn whole_result(&self, numerics: Numerics) -> PartialSums {
-        let assignments = whole_assignments(&self.routing, self.num_blocks(numerics));
+        let assignments: Vec<_> = whole_assignments(&self.routing, self.num_blocks(numerics)).collect();
         let bank = self.shard(&ShardSpec::All, numerics);
         bank.execute(&pool(), self.layer, &self.activations(numerics), &assignments)
             .unwrap()
@@ -93,7 +93,7 @@ impl Golden {
         let placement = Placement::new(self.checkpoint.config(), self.num_blocks(numerics), &held).unwrap();
         let x = self.activations(numerics);
         let mut sums = PartialSums::zeros(numerics.combine, x.rows(), x.cols());
-        let work = whole_assignments(&self.routing, self.num_blocks(numerics));
+        let work: Vec<_> = whole_assignments(&self.routing, self.num_blocks(numerics)).collect();
         let plan = placement.plan_layer(self.layer, &work, &mut |run| run.holders.first().map(|&it| it as usize));
         assert_eq!(plan.unheld, []);
         for part in plan.batches.into_iter().flat_map(|batch| batch.split(7)) {

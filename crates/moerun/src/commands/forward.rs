@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use anyhow::{Context, bail, ensure};
-use moerun_engine::{Capture, forward_step};
+use moerun_engine::{Capture, Forward, ForwardMemory};
 use moerun_kernels::KV_PAGE_TOKENS;
 use moerun_model::{KvCache, MoeInput, Step, StepSequence};
 use moerun_process::WARNINGS_AND_PROGRESS;
@@ -301,6 +301,7 @@ fn forward(
     let mut kv = KvCache::new(model.config(), settings.kv_format, pages_each * batch.sequences);
     let pages: Vec<u32> = (0..u32::try_from(pages_each * batch.sequences)?).collect();
     let moe_layers = model.config().moe_layers();
+    let mut memory = ForwardMemory::default();
     let mut outputs = Outputs::default();
     outputs.float_rows(batch, "logits".to_owned(), model.config().vocab_size);
     for chunk in chunks(batch, settings.max_batch_tokens) {
@@ -332,16 +333,14 @@ fn forward(
         };
         let wanted = capture || recorder.loads.is_some();
         let step = Step { sequences: &sequences };
-        let hidden_states = forward_step(
-            &experts.pool,
+        let forward = Forward {
+            pool: &experts.pool,
             model,
-            experts.backend.as_ref(),
-            &token_ids,
-            &step,
-            &mut kv,
-            wanted.then_some(&mut recorder as &mut dyn Capture),
-        )?;
-        let normed = model.final_norm(&hidden_states);
+            experts: experts.backend.as_ref(),
+        };
+        let capturing = wanted.then_some(&mut recorder as &mut dyn Capture);
+        let hidden_states = forward.run(&mut memory, &token_ids, &step, &mut kv, capturing)?;
+        let normed = model.final_norm(&experts.pool, hidden_states);
         if capture {
             recorder.floats("hidden_final".to_owned(), &normed);
         }

@@ -62,7 +62,8 @@ impl Simulation {
     pub(super) fn step(&mut self, context: &str) -> Vec<Chunk> {
         self.scheduler.remove_ended();
         let oldest = self.scheduler.running().first().map(|sequence| sequence.id);
-        let chunks = self.scheduler.plan();
+        let mut chunks = Vec::new();
+        self.scheduler.plan(&mut chunks);
         check_plan(&self.scheduler, &chunks, context);
         check_pages(&self.scheduler, context);
         if let Some(oldest) = oldest {
@@ -130,7 +131,7 @@ impl Simulation {
             },
             Task::Forward(_) => Answer::Logits(vec![position as f32]),
         };
-        let wanted = sequence.logits_wanted(chunk).into_iter();
+        let wanted = sequence.logits_wanted(chunk);
         wanted.map(|position| Ok(answer(position))).collect()
     }
 }

@@ -115,7 +115,7 @@ fn the_order_of_assignments_changes_no_bit() {
     let bank = golden.shard(&ShardSpec::All, EXACT);
     let (x, mut assignments) = (
         golden.activations(EXACT),
-        whole_assignments(&golden.routing, golden.num_blocks(EXACT)),
+        whole_assignments(&golden.routing, golden.num_blocks(EXACT)).collect::<Vec<_>>(),
     );
     let in_order = bank.execute(&pool(), golden.layer, &x, &assignments).unwrap();
     assignments.reverse();

@@ -7,9 +7,9 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use moerun_kernels::{Activations, CpuPool, FeedForward, Group, PackedMatrix, grouped_exact};
+use moerun_kernels::{Activations, CpuPool, FeedForward, Group, PackedMatrix, grouped_exact, grouped_fast};
 use moerun_process::available_threads;
-use moerun_routing::{term_limit, terms_per_element};
+use moerun_routing::{PartialSums, term_limit, terms_per_element};
 use moerun_types::{CombineMode, ModelConfig, MoeConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Shape, available_memory_bytes};
 use ndarray::Array2;
@@ -46,6 +46,13 @@ pub(super) fn run(args: &BenchKernelsArgs) -> anyhow::Result<()> {
     for &rows in &args.rows {
         ensure!((1..=4096).contains(&rows), "--rows: wanted 1 to 4096, found {rows}");
     }
+    for &block in &args.combine_block {
+        ensure!(
+            (1..=1 << 20).contains(&block),
+            "--combine-block: wanted 1 to {}, found {block}",
+            1 << 20
+        );
+    }
     let need = (WEIGHT_BYTES + PROBE_BYTES) as u64;
     if let Some(available) = available_memory_bytes() {
         ensure!(
@@ -69,9 +76,19 @@ pub(super) fn run(args: &BenchKernelsArgs) -> anyhow::Result<()> {
             .into_iter()
             .filter(|&format| args.weights.is_none_or(|only| only == format))
         {
+            let blocks = match args.combine_block[..] {
+                [] => &[default_combine_block(moe.intermediate)][..],
+                ref blocks => blocks,
+            };
+            let numerics = blocks
+                .iter()
+                .map(|&block| Numerics::checked(format, args.combine, block).context("--combine-block"))
+                .collect::<Result<Vec<_>, _>>()?;
             let experts = Experts::new(&config, moe, format);
             for &rows in &args.rows {
-                cases.push(experts.measure(&pool, name, rows)?);
+                for &numerics in &numerics {
+                    cases.push(experts.measure(&pool, name, rows, moe, numerics)?);
+                }
             }
             machine.measure(&pool);
         }
@@ -86,6 +103,7 @@ pub(super) fn run(args: &BenchKernelsArgs) -> anyhow::Result<()> {
         let mut table = Table::new(&[
             "shape",
             "weights",
+            "block",
             "rows",
             "µs",
             "min",
@@ -111,14 +129,12 @@ struct Experts {
     hidden: usize,
     intermediate: usize,
     top_k: usize,
-    numerics: Numerics,
-    term_limit: f32,
 }
 
 /// What came of one case.
 struct Case {
     shape: String,
-    format: NumberFormat,
+    numerics: Numerics,
     rows: usize,
     seconds: Spread,
     weight_bytes: usize,
@@ -169,30 +185,32 @@ impl Experts {
                 .flat_map(|thread| thread.join().expect("packing does not panic"))
                 .collect()
         });
-        let numerics = Numerics {
-            format,
-            combine: CombineMode::Exact,
-            combine_block: default_combine_block(intermediate),
-        };
         Self {
             weights: [vec![first], others].concat(),
             format,
             hidden,
             intermediate,
             top_k: moe.top_k,
-            numerics,
-            term_limit: term_limit(terms_per_element(moe, &numerics)),
         }
     }
 
-    fn measure(&self, pool: &CpuPool, shape: &str, rows: usize) -> anyhow::Result<Case> {
+    fn measure(
+        &self,
+        pool: &CpuPool,
+        shape: &str,
+        rows: usize,
+        moe: &MoeConfig,
+        numerics: Numerics,
+    ) -> anyhow::Result<Case> {
         let mut random = Random::new(rows as u64);
         let x = Array2::from_shape_simple_fn((rows, self.hidden), || uniform(&mut random));
         let x = Activations::round(self.format.activations(), x.view());
         let row_ids: Vec<u32> = (0..rows as u32).collect();
         let routing_weights = vec![1.0 / self.top_k as f32; rows];
-        let blocks = self.numerics.num_blocks(self.intermediate);
-        let mut sums = vec![0; rows * self.hidden];
+        let blocks = numerics.num_blocks(self.intermediate);
+        let block = numerics.combine_block;
+        let term_limit = term_limit(terms_per_element(moe, &numerics));
+        let mut sums = PartialSums::zeros(numerics.combine, rows, self.hidden);
         let (mut seconds, mut weight_bytes) = (Vec::new(), 0);
         let begun = Instant::now();
         // The first run, which meets cold caches and sleeping threads, is not counted.
@@ -209,17 +227,12 @@ impl Experts {
                 })
                 .collect();
             weight_bytes = groups.iter().map(|group| bytes(group.weights)).sum();
-            sums.fill(0);
+            sums.reset(numerics.combine, rows, self.hidden);
             let started = Instant::now();
-            grouped_exact(
-                pool,
-                &x,
-                &groups,
-                false,
-                self.numerics.combine_block,
-                self.term_limit,
-                &mut sums,
-            )?;
+            match &mut sums {
+                PartialSums::Exact { sums, .. } => grouped_exact(pool, &x, &groups, false, block, term_limit, sums)?,
+                PartialSums::Fast { sums, .. } => grouped_fast(pool, &x, &groups, false, block, sums),
+            }
             if turn > 0 {
                 seconds.push(started.elapsed().as_secs_f64());
             }
@@ -229,7 +242,7 @@ impl Experts {
         }
         Ok(Case {
             shape: shape.to_owned(),
-            format: self.format,
+            numerics,
             rows,
             seconds: Spread::of(&seconds),
             weight_bytes,
@@ -262,7 +275,9 @@ impl Case {
     fn to_json(&self, machine: &Machine) -> serde_json::Value {
         json!({
             "shape": self.shape,
-            "weights": self.format,
+            "weights": self.numerics.format,
+            "combine": self.numerics.combine,
+            "combine_block": self.numerics.combine_block,
             "rows": self.rows,
             "seconds": self.seconds,
             "weight_bytes": self.weight_bytes,
@@ -270,7 +285,7 @@ impl Case {
             "fraction_of_read_bandwidth": machine.share_of_read(self.bytes_per_second()),
             "ops": self.operations,
             "ops_per_second": self.ops_per_second(),
-            "fraction_of_multiply_peak": machine.share_of_peak(self.format, self.ops_per_second()),
+            "fraction_of_multiply_peak": machine.share_of_peak(self.numerics.format, self.ops_per_second()),
         })
     }
 
@@ -278,7 +293,11 @@ impl Case {
         let micros = self.seconds.scaled(1e6);
         vec![
             self.shape.clone(),
-            self.format.to_string(),
+            self.numerics.format.to_string(),
+            match self.numerics.combine {
+                CombineMode::Exact => self.numerics.combine_block.to_string(),
+                CombineMode::Fast => "fast".to_owned(),
+            },
             self.rows.to_string(),
             format!("{:.0}", micros.median),
             format!("{:.0}", micros.min),
@@ -286,7 +305,7 @@ impl Case {
             format!("{:.1}", self.bytes_per_second() / 1e9),
             share(Some(machine.share_of_read(self.bytes_per_second()))),
             format!("{:.0}", self.ops_per_second() / 1e9),
-            share(machine.share_of_peak(self.format, self.ops_per_second())),
+            share(machine.share_of_peak(self.numerics.format, self.ops_per_second())),
         ]
     }
 }
