@@ -1,11 +1,13 @@
 //! The gRPC doors: services of `proto/moerun/v1` over a [`crate::Gateway`].
 
+mod admin;
 mod convert;
 mod inference;
 mod moe_layer;
 mod serve;
 mod status;
 
+pub use admin::{AdminDoor, serve_admin};
 pub use inference::InferenceDoor;
 pub use moe_layer::MoeLayerDoor;
 pub use serve::{ServeSettings, serve};

@@ -13,6 +13,9 @@ pub struct WorkerConfig {
     pub model_dir: PathBuf,
     /// `host:port` to listen on, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
+    /// `host:port` on the loopback interface for the admin service; `None` = beside the experts, if those are reached from
+    /// this host only.
+    pub admin_addr: Option<String>,
     /// Which experts, or slices of them, to hold.
     pub shard: ShardSpec,
     /// How weights are held; `None` = the checkpoint's own type.
@@ -39,6 +42,7 @@ impl WorkerConfig {
         Self {
             model_dir: model_dir.into(),
             listen: listen.into(),
+            admin_addr: None,
             shard,
             weights: None,
             combine: CombineMode::Exact,

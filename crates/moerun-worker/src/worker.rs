@@ -9,7 +9,7 @@ use std::{
 
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
-use moerun_process::{Address, DataPlane, Listener, LoadProgress, Shutdown, SocketFile};
+use moerun_process::{Address, DataPlane, Listener, LoadProgress, Shutdown, SocketFile, bind_admin};
 use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
 use moerun_types::{Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, Needs};
@@ -20,7 +20,8 @@ use crate::{
     WorkerConfig, WorkerError,
     compute::{Compute, RunExperts},
     identity::identify,
-    memory, server,
+    memory,
+    server::{self, AdminDoors},
     service::Loaded,
 };
 
@@ -44,6 +45,9 @@ pub struct Worker {
 pub struct ServeOptions {
     /// `host:port`, where port 0 takes a free one, or `unix:/path`.
     pub listen: String,
+    /// `host:port` on the loopback interface for the admin service; `None` = beside the experts, if those are reached from
+    /// this host only.
+    pub admin_addr: Option<String>,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed.
@@ -65,6 +69,7 @@ impl Worker {
     pub fn start(config: &WorkerConfig, shutdown: Shutdown) -> Result<Self, WorkerError> {
         let options = ServeOptions {
             listen: config.listen.clone(),
+            admin_addr: config.admin_addr.clone(),
             threads: config.threads,
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
@@ -187,7 +192,21 @@ impl Listening {
             what: "data plane",
             source,
         })?;
-        let preparing = server::prepare(listener, shutdown.clone(), options.drain_timeout, options.patience);
+        let admin = match &options.admin_addr {
+            Some(admin_addr) => AdminDoors::Own(bind_admin(admin_addr).map_err(|source| WorkerError::Listen {
+                address: admin_addr.clone(),
+                source,
+            })?),
+            None if address.is_on_this_host() => AdminDoors::Beside,
+            None => AdminDoors::None,
+        };
+        let preparing = server::prepare(
+            listener,
+            admin,
+            shutdown.clone(),
+            options.drain_timeout,
+            options.patience,
+        );
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);

@@ -1,6 +1,7 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
 mod bench;
+mod chaos;
 mod convert;
 mod forward;
 mod gateway;
@@ -41,6 +42,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Convert(args) => done(convert::run(args)),
             Command::Synthesize(args) => done(synthesize::run(args)),
             Command::Bench(args) => done(bench::run(args)),
+            Command::Chaos(args) => chaos::run(args),
         });
     let exit = match outcome {
         Ok(exit) => exit,

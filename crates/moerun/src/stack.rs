@@ -37,6 +37,8 @@ pub(crate) struct Experts {
     pub(crate) backend: Arc<dyn ExpertBackend>,
     /// Computes.
     pub(crate) pool: Arc<CpuPool>,
+    /// The backend again, where it is workers.
+    remote: Option<Arc<RemoteExperts>>,
     checkpoint: Arc<Checkpoint>,
     numerics: Numerics,
     kv_memory_bytes: u64,
@@ -140,8 +142,8 @@ impl Experts {
             loading.update(done, total)
         })?;
         loading.finish();
-        let backend: Arc<dyn ExpertBackend> = match place {
-            Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
+        let remote = match place {
+            Place::Here => None,
             Place::Local(_) | Place::Remote(_) => {
                 let addresses = match (&workers, place) {
                     (Some(workers), _) => workers.processes.addresses().to_vec(),
@@ -155,13 +157,22 @@ impl Experts {
                         .patience(computing_threads(settings, &addresses), available_threads()),
                     ..RemoteConfig::new(addresses)
                 };
-                Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
+                Some(Arc::new(RemoteExperts::connect(
+                    remote,
+                    Arc::clone(&checkpoint),
+                    numerics,
+                )?))
             }
+        };
+        let backend: Arc<dyn ExpertBackend> = match &remote {
+            Some(remote) => Arc::clone(remote) as Arc<dyn ExpertBackend>,
+            None => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
         };
         Ok(Experts {
             model: Arc::new(model),
             backend,
             pool,
+            remote,
             checkpoint,
             numerics,
             kv_memory_bytes,
@@ -194,6 +205,7 @@ impl Serving {
             config_hash: experts.checkpoint.config_hash(),
             served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
             max_context: experts.max_context,
+            workers: experts.remote.clone(),
         });
         Ok(Serving {
             gateway: Arc::new(gateway),

@@ -54,6 +54,7 @@ pub(crate) fn open(dir: &Path, needs: Needs) -> Arc<Checkpoint> {
 pub(crate) fn options(listen: &str) -> ServeOptions {
     ServeOptions {
         listen: listen.to_owned(),
+        admin_addr: None,
         threads: 1,
         max_queue: 64,
         drain_timeout: Duration::from_secs(5),

@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use moerun_proto::{
     FILE_DESCRIPTOR_SET,
-    v1::{inference_service_server::InferenceServiceServer, moe_layer_service_server::MoeLayerServiceServer},
+    v1::{
+        admin_service_server::AdminServiceServer, inference_service_server::InferenceServiceServer,
+        moe_layer_service_server::MoeLayerServiceServer,
+    },
 };
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -14,7 +17,7 @@ use tonic::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::{InferenceDoor, MoeLayerDoor};
+use super::{AdminDoor, InferenceDoor, MoeLayerDoor};
 use crate::{Gateway, GatewayError};
 
 /// Bytes of one stream that a client may send before it must wait: one large message goes out at a stretch.
@@ -48,6 +51,9 @@ pub struct ServeSettings {
     pub max_message_bytes: usize,
     /// How long running requests may take to end after the server was told to stop.
     pub drain_timeout: Duration,
+    /// Whether [`AdminDoor`] is served here too. It asks nobody who they are: only where the listener is reached from this
+    /// host alone.
+    pub with_admin: bool,
 }
 
 impl Default for ServeSettings {
@@ -55,6 +61,7 @@ impl Default for ServeSettings {
         ServeSettings {
             max_message_bytes: 32 << 20,
             drain_timeout: Duration::from_secs(30),
+            with_admin: false,
         }
     }
 }
@@ -111,6 +118,9 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
     let moe_layer = MoeLayerServiceServer::new(MoeLayerDoor::new(gateway.clone()))
         .max_decoding_message_size(limit)
         .max_encoding_message_size(limit);
+    let admin = settings
+        .with_admin
+        .then(|| AdminServiceServer::new(AdminDoor::new(gateway.clone())));
     let reflected = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -131,6 +141,7 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(inference)
         .add_service(moe_layer)
+        .add_optional_service(admin)
         .add_service(reflected().build_v1().map_err(reflection_failed)?)
         .add_service(reflected().build_v1alpha().map_err(reflection_failed)?))
 }

@@ -138,6 +138,7 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
         config_hash: checkpoint.config_hash(),
         served_name: "tiny".to_owned(),
         max_context,
+        workers: None,
     }));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -145,6 +146,7 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
     let settings = ServeSettings {
         max_message_bytes: MAX_MESSAGE_BYTES,
         drain_timeout: Duration::from_secs(20),
+        with_admin: true,
     };
     let server = tokio::spawn(serve(listener, gateway.clone(), settings, shutdown.clone()));
     let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();

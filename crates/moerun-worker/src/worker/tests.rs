@@ -59,6 +59,7 @@ fn identity() -> WorkerIdentity {
 fn options(max_queue: usize) -> ServeOptions {
     ServeOptions {
         listen: "127.0.0.1:0".to_owned(),
+        admin_addr: None,
         threads: 1,
         max_queue,
         drain_timeout: Duration::from_secs(10),

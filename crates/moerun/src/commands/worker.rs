@@ -1,7 +1,7 @@
 //! `moerun worker`: holds experts and runs them for gateways.
 
 use anyhow::Context;
-use moerun_process::{Address, Exit, Shutdown, available_threads};
+use moerun_process::{Address, Exit, Shutdown, available_threads, count_panics};
 use moerun_routing::ShardSpec;
 use moerun_worker::{Worker, WorkerConfig};
 
@@ -14,6 +14,7 @@ use crate::{
 pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         listen: args.listen.clone(),
+        admin_addr: args.admin_addr.clone(),
         shard: args.shard.clone(),
         experts: args.experts.clone(),
         ..RoleFlags::default()
@@ -32,8 +33,10 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         load: settings.load,
         threads,
         max_queue: settings.max_queue,
+        admin_addr: settings.admin_addr.clone(),
         ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)
     };
+    count_panics();
     let shutdown = Shutdown::on_signals().context("signals")?;
     if args.exit_with_parent {
         // The parent made the folder; should it have been killed, the last worker takes it along.

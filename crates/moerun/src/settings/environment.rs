@@ -17,7 +17,7 @@ enum Form {
 
 /// Settings that the environment may give; other `MOERUN_` variables (`MOERUN_ISA`, …) are no settings. Of two for one
 /// setting the later wins.
-const VARIABLES: [(&str, &str, Form); 23] = [
+const VARIABLES: [(&str, &str, Form); 24] = [
     ("MOERUN_MODEL", "model", Form::Text),
     ("MOERUN_WEIGHTS", "weights", Form::Text),
     ("MOERUN_COMBINE", "combine", Form::Text),
@@ -36,6 +36,7 @@ const VARIABLES: [(&str, &str, Form); 23] = [
     ("MOERUN_LOG", "log_level", Form::Text),
     ("MOERUN_LOG_LEVEL", "log_level", Form::Text),
     ("MOERUN_GRPC_ADDR", "grpc_addr", Form::Text),
+    ("MOERUN_ADMIN_ADDR", "admin_addr", Form::Text),
     ("MOERUN_WORKERS", "workers", Form::Number),
     ("MOERUN_WORKER", "worker", Form::List),
     ("MOERUN_LISTEN", "listen", Form::Text),
