@@ -3,6 +3,7 @@
 mod bench;
 mod cluster;
 mod command_line;
+mod fault_matrix;
 mod formats;
 mod gguf;
 mod loading;

@@ -4,6 +4,8 @@ mod admin;
 mod convert;
 mod inference;
 mod moe_layer;
+#[cfg(feature = "planted-violations")]
+mod planted;
 mod serve;
 mod status;
 

@@ -297,7 +297,7 @@ pub(crate) struct ChaosArgs {
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// What may be broken: kill, stop, slow, partition, one-way, reset, corrupt
+    /// What may be broken: kill, stop, slow, partition, one-way, reset, corrupt; or none
     #[arg(long, value_name = "FAULTS", default_value = "kill,stop")]
     pub(crate) faults: String,
 

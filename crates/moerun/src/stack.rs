@@ -168,6 +168,8 @@ impl Experts {
             Some(remote) => Arc::clone(remote) as Arc<dyn ExpertBackend>,
             None => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
         };
+        #[cfg(feature = "planted-violations")]
+        let backend = crate::planted_experts::plant(backend);
         Ok(Experts {
             model: Arc::new(model),
             backend,

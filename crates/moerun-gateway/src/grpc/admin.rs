@@ -67,6 +67,8 @@ impl AdminService for AdminDoor {
 }
 
 fn worker_link(worker: WorkerStatus) -> v1::WorkerLink {
+    #[cfg(feature = "planted-violations")]
+    let worker = super::planted::status(worker);
     v1::WorkerLink {
         address: worker.address,
         up: worker.down.is_none(),

@@ -131,6 +131,18 @@ async fn stats(served: &Served) -> (v1::ProcessStats, v1::GatewayStats) {
     }
 }
 
+/// What it tells once `wanted` is so.
+async fn stats_when(served: &Served, wanted: impl Fn(&v1::GatewayStats) -> bool) -> v1::GatewayStats {
+    for _ in 0..2_000 {
+        let (_, gateway) = stats(served).await;
+        if wanted(&gateway) {
+            return gateway;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("not so within 10 s: {:?}", stats(served).await.1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_admin_service_counts_what_runs_and_how_answers_ended() {
     let golden = Golden::open("qwen3_moe");
@@ -149,28 +161,27 @@ async fn the_admin_service_counts_what_runs_and_how_answers_ended() {
 
     served.generate(greedy(&[1, 45], 4)).await.unwrap();
     served.experts.close();
+    let asked_before = served.experts.submitted();
     let mut stream = served
         .inference()
         .generate(greedy(&[1, 45], 4))
         .await
         .unwrap()
         .into_inner();
-    let mut running = stats(&served).await.1;
-    while running.waiting_requests + running.running_requests == 0 {
-        running = stats(&served).await.1;
-    }
+    let running = stats_when(&served, |it| it.waiting_requests + it.running_requests > 0).await;
     assert_eq!(
         (running.answers_begun, running.answers_finished, running.answers_failed),
         (2, 1, 0)
     );
-    served.experts.allow(4);
+    // One step, of two layers, the first of which waits at the gate: the answer cannot end before its client goes.
+    while served.experts.submitted() == asked_before {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    served.experts.allow(asked_before + 2);
     stream.message().await.unwrap();
     drop(stream);
+    stats_when(&served, |it| it.answers_cancelled > 0).await;
     served.experts.open();
-    let mut after = stats(&served).await.1;
-    while after.answers_cancelled == 0 {
-        after = stats(&served).await.1;
-    }
     served.idle().await;
     let after = stats(&served).await.1;
     assert_eq!(

@@ -37,6 +37,26 @@ impl FaultKind {
         (FaultKind::Corrupt, "corrupt"),
     ];
 
+    /// Longest that it may last, restart included.
+    pub(super) fn longest(self) -> Duration {
+        Duration::from_millis(match self {
+            // Started again, the worker has to load.
+            FaultKind::Kill => 3000,
+            other => *other.millis().end(),
+        })
+    }
+
+    /// How long it lasts; of a killed worker, how long it is not started again.
+    fn millis(self) -> std::ops::RangeInclusive<u64> {
+        match self {
+            FaultKind::Kill => 300..=1500,
+            // Long enough that a ping goes unanswered.
+            FaultKind::Stop | FaultKind::Partition | FaultKind::OneWay => 3600..=5000,
+            FaultKind::Slow | FaultKind::Corrupt => 1000..=3000,
+            FaultKind::Reset => 100..=300,
+        }
+    }
+
     /// Whether it is done by a proxy before the worker.
     pub(super) fn needs_proxy(self) -> bool {
         !matches!(self, FaultKind::Kill | FaultKind::Stop)
@@ -87,18 +107,14 @@ impl Planned {
             if left.is_empty() {
                 left.clone_from(&kinds);
             }
+            if left.is_empty() {
+                return None;
+            }
             let kind = left.swap_remove(rng.random_range(0..left.len()));
-            let millis = match kind {
-                FaultKind::Kill => 300..1500,
-                // Long enough that a ping goes unanswered.
-                FaultKind::Stop | FaultKind::Partition | FaultKind::OneWay => 3600..5000,
-                FaultKind::Slow | FaultKind::Corrupt => 1000..3000,
-                FaultKind::Reset => 100..300,
-            };
             Some(Planned {
                 kind,
                 worker: rng.random_range(0..workers),
-                lasts: Duration::from_millis(rng.random_range(millis)),
+                lasts: Duration::from_millis(rng.random_range(kind.millis())),
                 // Five seconds to heal, and some to be judged.
                 then: Duration::from_millis(rng.random_range(6500..8000)),
                 seed: rng.random(),
@@ -140,7 +156,7 @@ mod tests {
             assert!(
                 drawn
                     .iter()
-                    .all(|fault| fault.worker < 3 && fault.lasts < super::super::LONGEST_FAULT)
+                    .all(|fault| fault.worker < 3 && fault.lasts <= fault.kind.longest())
             );
         }
     }
