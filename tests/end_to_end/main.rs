@@ -4,6 +4,7 @@ mod bench;
 mod cluster;
 mod command_line;
 mod failover;
+mod fault_matrix;
 mod formats;
 mod gguf;
 mod loading;

@@ -5,5 +5,5 @@ mod process;
 mod python;
 
 pub use golden::{Golden, assert_close, decoder_families, dense_families, golden_dir, moe_families, read_tensors};
-pub use process::{Finished, Server, free_port, moerun, run, run_for, run_with};
+pub use process::{Finished, Server, free_port, moerun, moerun_planted, run, run_for, run_with};
 pub use python::{run_client, run_python};

@@ -16,22 +16,31 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 /// The binary under test, built once per run in the profile of the tests themselves.
 pub fn moerun() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let tests = std::env::current_exe().expect("a test has a path");
-        let profile_dir = tests.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned();
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "--workspace", "--bin", "moerun"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        if profile_dir.ends_with("release") {
-            build.arg("--release");
-        }
-        assert!(
-            build.status().expect("cargo starts").success(),
-            "the binary does not build"
-        );
-        profile_dir.join("moerun")
-    })
+    BINARY.get_or_init(|| build("moerun", &[]))
+}
+
+/// The binary in which violations of the invariants can be planted. It shares all but a few crates with [`moerun`].
+pub fn moerun_planted() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| build("moerun-planted", &["--features", "moerun/planted-violations"]))
+}
+
+fn build(binary: &str, more: &[&str]) -> PathBuf {
+    let tests = std::env::current_exe().expect("a test has a path");
+    let profile_dir = tests.ancestors().nth(2).expect("target/PROFILE/deps/TEST").to_owned();
+    let mut build = Command::new(env!("CARGO"));
+    build
+        .args(["build", "--quiet", "--workspace", "--bin", binary])
+        .args(more)
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    if profile_dir.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(
+        build.status().expect("cargo starts").success(),
+        "the binary does not build"
+    );
+    profile_dir.join(binary)
 }
 
 /// What a command left.

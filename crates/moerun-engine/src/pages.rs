@@ -71,6 +71,10 @@ impl PagePool {
 
     /// Makes the caller one owner less of all of `pages`, which are in the order of a sequence.
     pub(crate) fn give_back(&mut self, pages: &mut Vec<u32>) {
+        #[cfg(feature = "planted-violations")]
+        if pages.len() > 1 && std::env::var("MOERUN_PLANT").as_deref() == Ok("leaked-block") {
+            pages.pop();
+        }
         // Backwards, so that a sequence's last pages are given up before those that they build on.
         for number in pages.drain(..).rev() {
             let page = &mut self.pages[number as usize];

@@ -1,7 +1,15 @@
 //! The gateway as a library: what the gRPC doors and the command line both stand on.
 
-use std::{num::NonZeroUsize, sync::Arc, thread};
+use std::{
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
 
+use moerun_dispatch::{RemoteExperts, WorkerStatus};
 use moerun_engine::{EngineHandle, EngineStats, ForwardRequest, MoeLayerRequest};
 use moerun_types::{LayerId, ModelConfig, Numerics};
 use moerun_weights::GenerationConfig;
@@ -9,8 +17,8 @@ use ndarray::Array2;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
-    AnswerShare, ChatMessage, GatewayError, Generation, Prompt, StopStrings, TextCodec, TextRequest,
-    answer_room::AnswerRoom, request::Defaults,
+    AnswerShare, AnswerStats, ChatMessage, GatewayError, Generation, Prompt, StopStrings, TextCodec, TextRequest,
+    answer_counts::AnswerCounts, answer_room::AnswerRoom, request::Defaults,
 };
 
 /// Most turns of a conversation.
@@ -41,6 +49,8 @@ pub struct GatewayParts {
     pub max_context: usize,
     /// Most tokens of an answer that a request may ask for; `None` = what the context leaves.
     pub max_answer_tokens: Option<usize>,
+    /// The workers that the engine's experts are in, to tell how they are; `None` = the experts are in this process.
+    pub workers: Option<Arc<RemoteExperts>>,
 }
 
 /// Requests in text and rows, answers in text and rows.
@@ -54,6 +64,9 @@ pub struct Gateway {
     /// Tokenising takes a thread for as long as the text is long; no more run at once than there are processors.
     tokenising: Arc<Semaphore>,
     answer_room: AnswerRoom,
+    answers: Arc<AnswerCounts>,
+    workers: Option<Arc<RemoteExperts>>,
+    draining: AtomicBool,
 }
 
 /// The model that is served.
@@ -95,6 +108,7 @@ impl Gateway {
             served_name,
             max_context,
             max_answer_tokens,
+            workers,
         } = parts;
         Gateway {
             engine,
@@ -113,6 +127,9 @@ impl Gateway {
                 thread::available_parallelism().map_or(1, NonZeroUsize::get),
             )),
             answer_room: AnswerRoom::new(MAX_ANSWERS_KIB),
+            answers: Arc::default(),
+            workers,
+            draining: AtomicBool::new(false),
         }
     }
 
@@ -144,7 +161,14 @@ impl Gateway {
         self.defaults.check_prompt(request.prompt.field(), &prompt_ids, 1)?;
         let prompt_tokens = prompt_ids.len();
         let tokens = self.engine.generate(self.defaults.complete(&request, prompt_ids))?;
-        Ok(Generation::new(tokens, self.codec.clone(), stop_strings, prompt_tokens))
+        let answers = Arc::clone(&self.answers);
+        Ok(Generation::new(
+            tokens,
+            self.codec.clone(),
+            stop_strings,
+            prompt_tokens,
+            answers,
+        ))
     }
 
     /// Token ids of a prompt, as [`Gateway::generate`] sees them.
@@ -244,8 +268,27 @@ impl Gateway {
         self.engine.stats()
     }
 
+    /// How answers ended, since the start.
+    pub fn answer_stats(&self) -> AnswerStats {
+        self.answers.now()
+    }
+
+    /// The workers as they are now, in the order given; none where the experts are in this process.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        self.workers
+            .as_ref()
+            .map(|workers| workers.workers())
+            .unwrap_or_default()
+    }
+
+    /// Whether new requests are refused.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
     /// Refuses new requests from now on; the receiver is told when the last running one has ended.
     pub fn drain(&self) -> oneshot::Receiver<()> {
+        self.draining.store(true, Ordering::Relaxed);
         self.engine.drain()
     }
 

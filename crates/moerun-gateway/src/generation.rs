@@ -2,6 +2,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -9,7 +10,10 @@ use futures::Stream;
 use moerun_engine::{FinishReason, LogprobEntry, TokenEvent};
 use tokio::sync::mpsc;
 
-use crate::{Detokenizer, Finish, GatewayError, StopStrings, TextCodec, TextEvent, TokenLogprob};
+use crate::{
+    Detokenizer, Finish, GatewayError, StopStrings, TextCodec, TextEvent, TokenLogprob,
+    answer_counts::{AnswerCounts, AnswerEnd},
+};
 
 /// An answer under way: one event per token, the last with `finish` set; an error ends it too. Dropping it cancels the
 /// request and frees what it holds in the engine.
@@ -23,6 +27,7 @@ pub struct Generation {
     prompt_tokens: usize,
     completion_tokens: usize,
     cached_tokens: usize,
+    answers: Arc<AnswerCounts>,
 }
 
 impl Generation {
@@ -31,7 +36,9 @@ impl Generation {
         codec: TextCodec,
         stop_strings: StopStrings,
         prompt_tokens: usize,
+        answers: Arc<AnswerCounts>,
     ) -> Self {
+        answers.begin();
         let detokenizer = codec.detokenizer();
         Generation {
             tokens: Some(tokens),
@@ -41,6 +48,7 @@ impl Generation {
             prompt_tokens,
             completion_tokens: 0,
             cached_tokens: 0,
+            answers,
         }
     }
 
@@ -120,8 +128,21 @@ impl Stream for Generation {
         };
         if event.as_ref().map_or(true, |event| event.finish.is_some()) {
             self.tokens = None;
+            self.answers.end(if event.is_ok() {
+                AnswerEnd::Finished
+            } else {
+                AnswerEnd::Failed
+            });
         }
         Poll::Ready(Some(event))
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if self.tokens.is_some() {
+            self.answers.end(AnswerEnd::Cancelled);
+        }
     }
 }
 
@@ -151,7 +172,7 @@ mod tests {
         let stop: Vec<String> = stop.iter().map(|&text| text.to_owned()).collect();
         let codec = TextCodec::load(&tiny_bible()).unwrap();
         (
-            Generation::new(receiver, codec, StopStrings::new(&stop).unwrap(), 3),
+            Generation::new(receiver, codec, StopStrings::new(&stop).unwrap(), 3, Arc::default()),
             sender,
         )
     }

@@ -1,12 +1,16 @@
 //! The gRPC doors: services of `proto/moerun/v1` over a [`crate::Gateway`].
 
+mod admin;
 mod convert;
 mod inference;
 mod key_check;
 mod moe_layer;
+#[cfg(feature = "planted-violations")]
+mod planted;
 mod serve;
 mod status;
 
+pub use admin::{AdminDoor, serve_admin};
 pub use inference::{InferenceDoor, LogPrompts};
 pub use key_check::KeyCheck;
 pub use moe_layer::MoeLayerDoor;

@@ -3,6 +3,7 @@
 //! [`Gateway`] is the library that the command line uses in its own process and that [`grpc::serve`] puts on a socket.
 #![forbid(unsafe_code)]
 
+mod answer_counts;
 mod answer_room;
 pub mod auth;
 mod error;
@@ -12,6 +13,7 @@ pub mod grpc;
 mod request;
 mod text;
 
+pub use answer_counts::AnswerStats;
 pub use answer_room::AnswerShare;
 pub use error::GatewayError;
 pub use gateway::{Gateway, GatewayParts, LogitRows, ServedModel};

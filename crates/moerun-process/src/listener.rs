@@ -49,6 +49,15 @@ impl Listener {
     }
 }
 
+/// Takes the port of an admin service, which asks nobody who they are: only on the loopback interface.
+pub fn bind_admin(address: &str) -> io::Result<TcpListener> {
+    let refused = |reason: String| io::Error::new(io::ErrorKind::InvalidInput, reason);
+    match Address::parse(address).map_err(refused)? {
+        wanted @ Address::Tcp(_) if wanted.is_on_this_host() => TcpListener::bind(address),
+        _ => Err(refused("wanted host:port on the loopback interface".to_owned())),
+    }
+}
+
 /// The file of a socket that this process made; removed when dropped, if it is still the same.
 #[derive(Debug)]
 pub struct SocketFile {

@@ -1,4 +1,5 @@
-//! What the other crates are checked against: a naive reference, tiny checkpoints of any shape, malformed checkpoints.
+//! What the other crates are checked against: a naive reference, tiny checkpoints of any shape, malformed checkpoints;
+//! and a proxy that breaks connections.
 //!
 //! Nothing here shares arithmetic with `moerun-kernels`, config parsing with `moerun-types` or tensor reading with
 //! `moerun-weights`: an error in one of those cannot hide itself by being made here too.
@@ -15,6 +16,8 @@ mod lies;
 mod naive;
 mod tiny;
 
+mod proxy;
+
 pub use authority::{Authority, Validity};
 pub use edit::{
     copy_checkpoint, copy_only_experts, copy_perturbed, copy_without_experts, edit_json, edit_tensor, edit_tensors,
@@ -26,5 +29,6 @@ pub use gguf::{GgufRawTensor, GgufValue, RawGguf};
 pub use lies::{LIE_PROMPT, Lie, Stage, lies};
 pub use naive::{NaiveForward, NaiveModel, NaiveMoeBlock};
 pub use number::{Element, decode, encode};
+pub use proxy::{Corrupt, FaultProxy, Faults, Flow, ProxyCounts, Within};
 pub use raw_file::{RawFile, RawTensor};
 pub use tiny::{LatentSizes, Spelling, Storage, TinyCheckpoint, TinyRope};

@@ -16,6 +16,9 @@ pub struct WorkerConfig {
     pub listen: String,
     /// Who may connect, and how.
     pub protection: ServerProtection,
+    /// `host:port` on the loopback interface for the admin service; `None` = beside the experts, if those are reached from
+    /// this host only.
+    pub admin_addr: Option<String>,
     /// Which experts, or slices of them, to hold.
     pub shard: ShardSpec,
     /// How weights are held; `None` = the checkpoint's own type.
@@ -43,6 +46,7 @@ impl WorkerConfig {
             model_dir: model_dir.into(),
             listen: listen.into(),
             protection: ServerProtection::default(),
+            admin_addr: None,
             shard,
             weights: None,
             combine: CombineMode::Exact,

@@ -5,6 +5,7 @@
 //! A small request that comes alone is run by the former itself, as a member of the pool: nobody is woken for it.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod compute;
 mod config;
 mod error;

@@ -9,7 +9,8 @@ use std::{
 use moerun_process::{Listener, Shutdown, SocketFile};
 use moerun_proto::{
     CONNECTION_WINDOW_BYTES, FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
-    STREAM_WINDOW_BYTES, v1::expert_service_server::ExpertServiceServer,
+    STREAM_WINDOW_BYTES,
+    v1::{admin_service_server::AdminServiceServer, expert_service_server::ExpertServiceServer},
 };
 use moerun_transport::{ConnectionLimits, Incoming};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +19,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     ServeOptions, WorkerError,
+    admin::{self, AdminDoor},
     service::{Experts, Loaded},
 };
 
@@ -63,10 +65,21 @@ pub(crate) struct ExpertsServer {
 
 type Serving = Pin<Box<dyn Future<Output = Result<(), WorkerError>> + Send>>;
 
+/// Where the admin service is.
+pub(crate) enum AdminDoors {
+    /// Nowhere.
+    None,
+    /// Beside the experts.
+    Beside,
+    /// On a port of its own.
+    Own(std::net::TcpListener),
+}
+
 /// Prepares the server; it accepts as soon as `run` is polled. Call it inside the data plane's runtime. A Unix socket's file
 /// is the caller's to keep.
 pub(crate) async fn prepare(
     listener: Listener,
+    admin: AdminDoors,
     shutdown: Shutdown,
     options: &ServeOptions,
 ) -> Result<(ExpertsServer, Option<SocketFile>), WorkerError> {
@@ -85,7 +98,18 @@ pub(crate) async fn prepare(
         shutdown: shutdown.clone(),
         closing: closing.clone(),
         patience: options.patience,
+        counts: Arc::default(),
     };
+    let door = AdminDoor {
+        loaded: loaded.clone(),
+        shutdown: shutdown.clone(),
+        counts: experts.counts.clone(),
+    };
+    let beside = matches!(admin, AdminDoors::Beside).then(|| AdminServiceServer::new(door.clone()));
+    if let AdminDoors::Own(listener) = admin {
+        // Ends with `closing`; the runtime's end awaits it.
+        tokio::spawn(admin::serve(listener, door, closing.clone()));
+    }
     let expert_service = ExpertServiceServer::new(experts)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
@@ -100,6 +124,7 @@ pub(crate) async fn prepare(
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .add_service(expert_service)
         .add_service(health_service)
+        .add_optional_service(beside)
         .add_service(reflection().build_v1().map_err(reflection_error)?)
         .add_service(reflection().build_v1alpha().map_err(reflection_error)?);
     let closed = closing.clone().cancelled_owned();

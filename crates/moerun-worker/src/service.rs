@@ -18,7 +18,10 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::compute::{Compute, Job, ReplySlot};
+use crate::{
+    admin::{Counts, OpenStream},
+    compute::{Compute, Job, ReplySlot},
+};
 
 /// Requests of one stream that may be queued, computed or waiting to be written, if the queue has room for as many. The
 /// next is not read before, so that HTTP/2 flow control holds the gateway back: a gateway alone never overfills the queue.
@@ -46,6 +49,8 @@ pub(crate) struct Experts {
     pub(crate) closing: CancellationToken,
     /// How long to look for a stream's next request before sleeping.
     pub(crate) patience: Duration,
+    /// Of all streams.
+    pub(crate) counts: Arc<Counts>,
 }
 
 impl Experts {
@@ -89,6 +94,7 @@ impl ExpertService for Experts {
         );
         let replies = Replies {
             receiver: ReceiverStream::new(receiver),
+            open: OpenStream::new(Arc::clone(&self.counts)),
             _abandoned: abandoned.drop_guard(),
         };
         Ok(Response::new(replies))
@@ -178,6 +184,7 @@ impl Experts {
 #[derive(Debug)]
 pub(crate) struct Replies {
     receiver: ReceiverStream<Result<v1::ExecuteResponse, Status>>,
+    open: OpenStream,
     _abandoned: DropGuard,
 }
 
@@ -185,6 +192,10 @@ impl Stream for Replies {
     type Item = Result<v1::ExecuteResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Pin::new(&mut self.receiver).poll_next(context)
+        let polled = Pin::new(&mut self.receiver).poll_next(context);
+        if let Poll::Ready(Some(Ok(response))) = &polled {
+            self.open.counts().answered(response);
+        }
+        polled
     }
 }

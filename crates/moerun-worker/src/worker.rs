@@ -9,7 +9,7 @@ use std::{
 
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
-use moerun_process::{Address, DataPlane, LoadProgress, Shutdown, SocketFile};
+use moerun_process::{Address, DataPlane, LoadProgress, Shutdown, SocketFile, bind_admin};
 use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
 use moerun_transport::{ServerProtection, bind};
 use moerun_types::{Numerics, default_combine_block};
@@ -21,7 +21,8 @@ use crate::{
     WorkerConfig, WorkerError,
     compute::{Compute, RunExperts},
     identity::identify,
-    memory, server,
+    memory,
+    server::{self, AdminDoors},
     service::Loaded,
 };
 
@@ -50,6 +51,9 @@ pub struct ServeOptions {
     pub listen: String,
     /// Who may connect, and how.
     pub protection: ServerProtection,
+    /// `host:port` on the loopback interface for the admin service; `None` = beside the experts, if those are reached from
+    /// this host only.
+    pub admin_addr: Option<String>,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed.
@@ -72,6 +76,7 @@ impl Worker {
         let options = ServeOptions {
             listen: config.listen.clone(),
             protection: config.protection.clone(),
+            admin_addr: config.admin_addr.clone(),
             threads: config.threads,
             max_queue: config.max_queue,
             drain_timeout: config.drain_timeout,
@@ -199,7 +204,20 @@ impl Listening {
             what: "data plane",
             source,
         })?;
-        let preparing = server::prepare(listener, shutdown.clone(), &options);
+        let admin = match &options.admin_addr {
+            Some(admin_addr) => AdminDoors::Own(bind_admin(admin_addr).map_err(|source| WorkerError::Listen {
+                address: admin_addr.clone(),
+                source,
+            })?),
+            None if address.is_on_this_host() => AdminDoors::Beside,
+            None => AdminDoors::None,
+        };
+        let preparing = server::prepare(
+            listener,
+            admin,
+            shutdown.clone(),
+            &options,
+        );
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);

@@ -112,6 +112,8 @@ pub(crate) enum Command {
     Key(KeyArgs),
     /// Measure a model, or with `kernels` and `hop` its parts, beside what the machine can do
     Bench(BenchArgs),
+    /// Start a gateway and workers, break workers beside a load, and judge what came of it
+    Chaos(ChaosArgs),
 }
 
 /// `moerun serve`.
@@ -127,6 +129,10 @@ pub(crate) struct ServeArgs {
     /// Address of the gRPC door, HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50051]
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
+
+    /// Address of the admin service, on the loopback interface [default: beside the gRPC door, if that is on loopback]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin_addr: Option<String>,
 
     /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
     /// where port 0 takes a free one [default: none]
@@ -154,6 +160,14 @@ pub(crate) struct GatewayArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) grpc_addr: Option<String>,
 
+    /// Address of the admin service, on the loopback interface [default: beside the gRPC door, if that is on loopback]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin_addr: Option<String>,
+
+    /// Stop when standard input ends (for a parent that must not leave a gateway behind)
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_parent: bool,
+
     /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
     /// where port 0 takes a free one [default: none]
     #[arg(long, value_name = "ADDR")]
@@ -172,6 +186,10 @@ pub(crate) struct WorkerArgs {
     /// Address to listen on: HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50061]
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
+
+    /// Address of the admin service, on the loopback interface [default: beside the experts, if those are on loopback or a Unix socket]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin_addr: Option<String>,
 
     /// Address of a plain gRPC health door for probes, which knows the services startup, readiness and liveness; HOST:PORT,
     /// where port 0 takes a free one [default: none]
@@ -330,6 +348,46 @@ pub(crate) struct ForwardArgs {
     /// Worker processes to start on this machine for the experts; 0 = experts in this process
     #[arg(long, value_name = "N")]
     pub(crate) workers: Option<usize>,
+}
+
+/// `moerun chaos`.
+#[derive(Debug, Args)]
+pub(crate) struct ChaosArgs {
+    /// Checkpoint directory or GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: PathBuf,
+
+    /// Worker processes
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) workers: usize,
+
+    /// Workers that hold each expert
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub(crate) holders: usize,
+
+    /// Seconds in which faults are begun; the whole run takes about half a minute more
+    #[arg(long, value_name = "S", default_value_t = 20)]
+    pub(crate) duration: u64,
+
+    /// Requests a second, sent at times that no answer changes
+    #[arg(long, value_name = "RATE", default_value_t = 10.0)]
+    pub(crate) rate: f64,
+
+    /// Tokens that a request asks for
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) max_tokens: u32,
+
+    /// Decides faults, prompts and send times
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// What may be broken: kill, stop, slow, partition, one-way, reset, corrupt; or none
+    #[arg(long, value_name = "FAULTS", default_value = "kill,stop")]
+    pub(crate) faults: String,
+
+    /// Folder for report.md, report.json, history.jsonl and logs.txt
+    #[arg(long, value_name = "DIR")]
+    pub(crate) report: PathBuf,
 }
 
 /// `moerun inspect`.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod certs;
+mod chaos;
 mod convert;
 mod forward;
 mod gateway;
@@ -53,6 +54,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Bench(args) => done(bench::run(args)),
             Command::Certs(args) => done(certs::run(args)),
             Command::Key(args) => done(key::run(args)),
+            Command::Chaos(args) => chaos::run(args),
         });
     let exit = match outcome {
         Ok(exit) => exit,

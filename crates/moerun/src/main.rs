@@ -1,14 +1,8 @@
-//! `moerun`: one binary for gateway, expert workers and the tools around them. Wiring only.
+//! The binary.
 #![forbid(unsafe_code)]
-
-mod cli;
-mod commands;
-mod settings;
-mod size;
-mod stack;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    commands::run(cli::Cli::from_process())
+    moerun::run()
 }

@@ -162,6 +162,9 @@ pub(crate) struct RoleFlags {
     /// Address of the health door.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) health_addr: Option<String>,
+    /// Address of the admin service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) admin_addr: Option<String>,
     /// Worker processes to start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) workers: Option<usize>,
@@ -266,6 +269,8 @@ pub(crate) struct Settings {
     pub(crate) grpc_addr: String,
     /// Address of the health door; `None` = there is none.
     pub(crate) health_addr: Option<String>,
+    /// Address of the admin service; `None` = beside the other services, if those are on loopback or a Unix socket.
+    pub(crate) admin_addr: Option<String>,
     /// Worker processes to start.
     pub(crate) workers: usize,
     /// Addresses of workers.
@@ -330,6 +335,7 @@ impl Default for Settings {
             log_level: None,
             grpc_addr: "127.0.0.1:50051".to_owned(),
             health_addr: None,
+            admin_addr: None,
             workers: 0,
             worker: Vec::new(),
             listen: "127.0.0.1:50061".to_owned(),

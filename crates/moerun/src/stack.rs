@@ -42,6 +42,8 @@ pub(crate) struct Experts {
     pub(crate) backend: Arc<dyn ExpertBackend>,
     /// Computes.
     pub(crate) pool: Arc<CpuPool>,
+    /// The backend again, where it is workers.
+    remote: Option<Arc<RemoteExperts>>,
     checkpoint: Arc<Checkpoint>,
     numerics: Numerics,
     kv_memory_bytes: u64,
@@ -145,8 +147,8 @@ impl Experts {
             loading.update(done, total)
         })?;
         loading.finish();
-        let backend: Arc<dyn ExpertBackend> = match place {
-            Place::Here => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
+        let remote = match place {
+            Place::Here => None,
             Place::Local(_) | Place::Remote(_) => {
                 let addresses = match (&workers, place) {
                     (Some(workers), _) => workers.processes.addresses().to_vec(),
@@ -172,13 +174,24 @@ impl Experts {
                         .patience(computing_threads(settings, &addresses), available_threads()),
                     ..RemoteConfig::new(addresses)
                 };
-                Arc::new(RemoteExperts::connect(remote, Arc::clone(&checkpoint), numerics)?)
+                Some(Arc::new(RemoteExperts::connect(
+                    remote,
+                    Arc::clone(&checkpoint),
+                    numerics,
+                )?))
             }
         };
+        let backend: Arc<dyn ExpertBackend> = match &remote {
+            Some(remote) => Arc::clone(remote) as Arc<dyn ExpertBackend>,
+            None => Arc::new(LocalExperts::new(load_bank(&checkpoint, numerics)?, Arc::clone(&pool))),
+        };
+        #[cfg(feature = "planted-violations")]
+        let backend = crate::planted_experts::plant(backend);
         Ok(Experts {
             model: Arc::new(model),
             backend,
             pool,
+            remote,
             checkpoint,
             numerics,
             kv_memory_bytes,
@@ -212,6 +225,7 @@ impl Serving {
             served_name: settings.served_name.clone().unwrap_or_else(|| directory_name(dir)),
             max_context: experts.max_context,
             max_answer_tokens: settings.max_answer_tokens,
+            workers: experts.remote.clone(),
         });
         Ok(Serving {
             gateway: Arc::new(gateway),

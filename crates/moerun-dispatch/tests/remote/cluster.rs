@@ -56,6 +56,7 @@ pub(crate) fn options(listen: &str) -> ServeOptions {
     ServeOptions {
         listen: listen.to_owned(),
         protection: Default::default(),
+        admin_addr: None,
         threads: 1,
         max_queue: 64,
         drain_timeout: Duration::from_secs(5),

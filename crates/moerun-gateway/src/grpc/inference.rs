@@ -85,6 +85,8 @@ impl InferenceService for InferenceDoor {
             }
             Ok(convert::generate_response(event, std::mem::take(&mut combine_mode)))
         });
+        #[cfg(feature = "planted-violations")]
+        let responses = super::planted::answer(responses);
         Ok(with_combine_mode(&self.gateway, responses.boxed()))
     }
 

@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 use moerun_process::{Listener, SocketFile};
 use moerun_proto::{
     FILE_DESCRIPTOR_SET,
-    v1::{inference_service_server::InferenceServiceServer, moe_layer_service_server::MoeLayerServiceServer},
+    v1::{
+        admin_service_server::AdminServiceServer, inference_service_server::InferenceServiceServer,
+        moe_layer_service_server::MoeLayerServiceServer,
+    },
 };
 use moerun_transport::{ConnectionLimits, Incoming, ServerProtection};
 use tokio::time::timeout;
@@ -17,7 +20,7 @@ use tonic::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::{InferenceDoor, KeyCheck, LogPrompts, MoeLayerDoor};
+use super::{AdminDoor, InferenceDoor, KeyCheck, LogPrompts, MoeLayerDoor};
 use crate::{Gateway, GatewayError, auth::Authenticator};
 
 /// Bytes of one stream that a client may send before it must wait: one large message goes out at a stretch.
@@ -62,6 +65,9 @@ pub struct ServeSettings {
     pub max_message_bytes: usize,
     /// How long running requests may take to end after the server was told to stop.
     pub drain_timeout: Duration,
+    /// Whether [`AdminDoor`] is served here too. It asks nobody who they are: only where the listener is reached from this
+    /// host alone.
+    pub with_admin: bool,
 }
 
 impl Default for ServeSettings {
@@ -73,6 +79,7 @@ impl Default for ServeSettings {
             log_prompts: LogPrompts::Never,
             max_message_bytes: 32 << 20,
             drain_timeout: Duration::from_secs(30),
+            with_admin: false,
         }
     }
 }
@@ -131,6 +138,9 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
     let moe_layer = MoeLayerServiceServer::new(MoeLayerDoor::new(gateway.clone()))
         .max_decoding_message_size(limit)
         .max_encoding_message_size(limit);
+    let admin = settings
+        .with_admin
+        .then(|| AdminServiceServer::new(AdminDoor::new(gateway.clone())));
     let reflected = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -153,6 +163,7 @@ fn router(gateway: &Arc<Gateway>, settings: &ServeSettings) -> Result<Router, Ga
         // Before a message is read: who is not known costs no memory.
         .add_service(InterceptedService::new(inference, check.clone()))
         .add_service(InterceptedService::new(moe_layer, check.clone()))
+        .add_optional_service(admin.map(|admin| InterceptedService::new(admin, check.clone())))
         .add_service(InterceptedService::new(
             reflected().build_v1().map_err(reflection_failed)?,
             check.clone(),

@@ -142,6 +142,7 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
         served_name: "tiny".to_owned(),
         max_context,
         max_answer_tokens: None,
+        workers: None,
     }));
     let listener = Listener::bind(&Address::parse("127.0.0.1:0").unwrap()).unwrap();
     let address = listener.address().unwrap().to_string();
@@ -149,6 +150,7 @@ pub(crate) async fn start_with(dir: &Path, change: impl FnOnce(&mut EngineConfig
     let settings = ServeSettings {
         max_message_bytes: MAX_MESSAGE_BYTES,
         drain_timeout: Duration::from_secs(20),
+        with_admin: true,
         ..ServeSettings::default()
     };
     let server = tokio::spawn(serve(listener, gateway.clone(), settings, shutdown.clone()));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use moerun_proto::v1;
+use moerun_proto::v1::{self, admin_service_client::AdminServiceClient, get_stats_response::Role};
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_types::StatusExt;
@@ -119,6 +119,79 @@ async fn a_client_that_goes_away_frees_the_engine() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     served.idle().await;
+}
+
+/// What the admin service tells.
+async fn stats(served: &Served) -> (v1::ProcessStats, v1::GatewayStats) {
+    let mut client = AdminServiceClient::new(served.channel.clone());
+    let response = client.get_stats(v1::GetStatsRequest {}).await.unwrap().into_inner();
+    match (response.process, response.role) {
+        (Some(process), Some(Role::Gateway(gateway))) => (process, gateway),
+        other => panic!("not the figures of a gateway: {other:?}"),
+    }
+}
+
+/// What it tells once `wanted` is so.
+async fn stats_when(served: &Served, wanted: impl Fn(&v1::GatewayStats) -> bool) -> v1::GatewayStats {
+    for _ in 0..2_000 {
+        let (_, gateway) = stats(served).await;
+        if wanted(&gateway) {
+            return gateway;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("not so within 10 s: {:?}", stats(served).await.1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_admin_service_counts_what_runs_and_how_answers_ended() {
+    let golden = Golden::open("qwen3_moe");
+    let served = start(&golden.dir).await;
+    let (process, idle) = stats(&served).await;
+    assert_eq!(process.pid, std::process::id());
+    assert!(
+        process.resident_bytes > 0 && process.open_files > 0 && process.async_tasks > 0,
+        "{process:?}"
+    );
+    assert_eq!(
+        (idle.running_requests, idle.kv_pages_used, idle.answers_begun),
+        (0, 0, 0)
+    );
+    assert!(idle.kv_pages_total > 0 && idle.workers.is_empty() && !idle.draining);
+
+    served.generate(greedy(&[1, 45], 4)).await.unwrap();
+    served.experts.close();
+    let asked_before = served.experts.submitted();
+    let mut stream = served
+        .inference()
+        .generate(greedy(&[1, 45], 4))
+        .await
+        .unwrap()
+        .into_inner();
+    let running = stats_when(&served, |it| it.waiting_requests + it.running_requests > 0).await;
+    assert_eq!(
+        (running.answers_begun, running.answers_finished, running.answers_failed),
+        (2, 1, 0)
+    );
+    // One step, of two layers, the first of which waits at the gate: the answer cannot end before its client goes.
+    while served.experts.submitted() == asked_before {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    served.experts.allow(asked_before + 2);
+    stream.message().await.unwrap();
+    drop(stream);
+    stats_when(&served, |it| it.answers_cancelled > 0).await;
+    served.experts.open();
+    served.idle().await;
+    let after = stats(&served).await.1;
+    assert_eq!(
+        (after.answers_begun, after.answers_finished, after.answers_cancelled),
+        (2, 1, 1)
+    );
+    assert_eq!(
+        (after.running_requests, after.waiting_requests, after.kv_pages_used),
+        (0, 0, 0)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -60,6 +60,7 @@ fn options(max_queue: usize) -> ServeOptions {
     ServeOptions {
         listen: "127.0.0.1:0".to_owned(),
         protection: ServerProtection::default(),
+        admin_addr: None,
         threads: 1,
         max_queue,
         drain_timeout: Duration::from_secs(10),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use moerun_gateway::grpc::{self, LogPrompts, ServeSettings};
-use moerun_process::{Address, Exit, Shutdown};
+use moerun_process::{Address, Exit, Shutdown, bind_admin, count_panics};
 use moerun_transport::{ConnectionLimits, bind};
 use tokio_util::sync::CancellationToken;
 
@@ -22,30 +22,44 @@ const TLS_FLAGS: &str = "--grpc-tls-cert and --grpc-tls-key";
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         workers: args.workers,
+        admin_addr: args.admin_addr.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
         door: args.door.clone(),
         ..RoleFlags::default()
     };
-    serve_experts(Settings::load(&args.serving, &role)?, Experts::start)
+    serve_experts(Settings::load(&args.serving, &role)?, Experts::start, false)
 }
 
 /// Runs `moerun gateway`.
 pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         worker: args.worker.clone(),
+        admin_addr: args.admin_addr.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
         cluster: args.cluster.clone(),
         door: args.door.clone(),
         ..RoleFlags::default()
     };
-    serve_experts(Settings::load(&args.serving, &role)?, Experts::connect)
+    serve_experts(
+        Settings::load(&args.serving, &role)?,
+        Experts::connect,
+        args.exit_with_parent,
+    )
 }
 
-fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<Experts>) -> anyhow::Result<Exit> {
+fn serve_experts(
+    mut settings: Settings,
+    start: fn(&Settings) -> anyhow::Result<Experts>,
+    exit_with_parent: bool,
+) -> anyhow::Result<Exit> {
     super::start_logging(&mut settings, "info")?;
+    count_panics();
     let shutdown = Shutdown::on_signals().context("signals")?;
+    if exit_with_parent {
+        shutdown.drain_with_parent().context("standard input")?;
+    }
     let runtime = tokio::runtime::Runtime::new().context("async runtime")?;
     // The address is taken before anything large is read, so that a port in use is said at once.
     let door = door(&settings)?;
@@ -56,6 +70,15 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
     if let Address::Unix(path) = &bound {
         shutdown.remove_at_end(path.clone());
     }
+    let admin = settings
+        .admin_addr
+        .as_deref()
+        .map(|address| bind_admin(address).with_context(|| format!("admin_addr: cannot listen on {address}")));
+    let admin = admin.transpose()?;
+    let door = ServeSettings {
+        with_admin: admin.is_none() && bound.is_on_this_host(),
+        ..door
+    };
     let supervision = super::supervise(&settings, &shutdown)?;
     supervision.watch(runtime.handle());
     let serving = Serving::start(&settings, start(&settings)?)?;
@@ -63,6 +86,16 @@ fn serve_experts(mut settings: Settings, start: fn(&Settings) -> anyhow::Result<
         let drain = CancellationToken::new();
         let serving_door = grpc::serve(listener, serving.gateway.clone(), door, drain.clone());
         tokio::pin!(serving_door);
+        // Ends with the runtime: until then it tells how the drain goes.
+        if let Some(admin) = admin {
+            tracing::info!(address = %admin.local_addr()?, "admin service");
+            let gateway = serving.gateway.clone();
+            tokio::spawn(async move {
+                if let Err(error) = grpc::serve_admin(admin, gateway, CancellationToken::new()).await {
+                    tracing::error!(%error, "the admin service ended");
+                }
+            });
+        }
         shutdown.begin();
         supervision.ready();
         super::print_ready(bound, supervision.address())?;

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use anyhow::Context;
-use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads};
+use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads, count_panics};
 use moerun_routing::ShardSpec;
 use moerun_transport::ServerProtection;
 use moerun_worker::{Worker, WorkerConfig};
@@ -23,6 +23,7 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         listen: args.listen.clone(),
         health_addr: args.health_addr.clone(),
+        admin_addr: args.admin_addr.clone(),
         shard: args.shard.clone(),
         replicas: args.replicas,
         experts: args.experts.clone(),
@@ -51,8 +52,10 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         load: settings.load,
         threads,
         max_queue: settings.max_queue,
+        admin_addr: settings.admin_addr.clone(),
         ..WorkerConfig::new(settings.model_dir()?, &settings.listen, shard(&settings)?)
     };
+    count_panics();
     let shutdown = Shutdown::on_signals().context("signals")?;
     if args.exit_with_parent {
         // The parent made the folder; should it have been killed, the last worker takes it along.

@@ -41,6 +41,7 @@ const VARIABLES: &[(&str, &str, Form)] = &[
     ("MOERUN_LOG_LEVEL", "log_level", Form::Text),
     ("MOERUN_GRPC_ADDR", "grpc_addr", Form::Text),
     ("MOERUN_HEALTH_ADDR", "health_addr", Form::Text),
+    ("MOERUN_ADMIN_ADDR", "admin_addr", Form::Text),
     ("MOERUN_WORKERS", "workers", Form::Number),
     ("MOERUN_WORKER", "worker", Form::List),
     ("MOERUN_LISTEN", "listen", Form::Text),

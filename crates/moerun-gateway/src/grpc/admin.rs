@@ -1,0 +1,93 @@
+//! `moerun.v1.AdminService`: what the gateway is doing, in figures.
+
+use std::{net::TcpListener, sync::Arc};
+
+use moerun_dispatch::WorkerStatus;
+use moerun_process::OwnFigures;
+use moerun_proto::v1::{
+    self,
+    admin_service_server::{AdminService, AdminServiceServer},
+    get_stats_response::Role,
+};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Request, Response, Status,
+    transport::{Server, server::TcpIncoming},
+};
+
+use crate::{Gateway, GatewayError};
+
+/// Answers `AdminService` from a gateway.
+#[derive(Debug, Clone)]
+pub struct AdminDoor {
+    gateway: Arc<Gateway>,
+}
+
+impl AdminDoor {
+    /// Over this gateway.
+    pub fn new(gateway: Arc<Gateway>) -> Self {
+        AdminDoor { gateway }
+    }
+}
+
+#[tonic::async_trait]
+impl AdminService for AdminDoor {
+    async fn get_stats(&self, _: Request<v1::GetStatsRequest>) -> Result<Response<v1::GetStatsResponse>, Status> {
+        let own = OwnFigures::now();
+        let (engine, answers) = (self.gateway.stats(), self.gateway.answer_stats());
+        let gateway = v1::GatewayStats {
+            draining: self.gateway.is_draining(),
+            running_requests: engine.running as u64,
+            waiting_requests: engine.waiting as u64,
+            kv_pages_used: engine.pages_used as u64,
+            kv_pages_cached: engine.pages_cached as u64,
+            kv_pages_total: engine.pages_total as u64,
+            preemptions: engine.preemptions,
+            answers_begun: answers.begun,
+            answers_finished: answers.finished,
+            answers_failed: answers.failed,
+            answers_cancelled: answers.cancelled,
+            workers: self.gateway.workers().into_iter().map(worker_link).collect(),
+        };
+        Ok(Response::new(v1::GetStatsResponse {
+            process: Some(v1::ProcessStats {
+                build: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: own.pid,
+                uptime_millis: u64::try_from(own.uptime.as_millis()).unwrap_or(u64::MAX),
+                resident_bytes: own.resident_bytes,
+                open_files: own.open_files,
+                threads: own.threads,
+                async_tasks: Handle::current().metrics().num_alive_tasks() as u64,
+                panics: own.panics,
+            }),
+            role: Some(Role::Gateway(gateway)),
+        }))
+    }
+}
+
+fn worker_link(worker: WorkerStatus) -> v1::WorkerLink {
+    #[cfg(feature = "planted-violations")]
+    let worker = super::planted::status(worker);
+    v1::WorkerLink {
+        address: worker.address,
+        up: worker.down.is_none(),
+        down_reason: worker.down.unwrap_or_default(),
+    }
+}
+
+/// Serves [`AdminDoor`] on a port of its own until `shutdown` is cancelled.
+pub async fn serve_admin(
+    listener: TcpListener,
+    gateway: Arc<Gateway>,
+    shutdown: CancellationToken,
+) -> Result<(), GatewayError> {
+    let failed = |error: std::io::Error| GatewayError::Serve(format!("admin: {error}"));
+    listener.set_nonblocking(true).map_err(failed)?;
+    let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
+    Server::builder()
+        .add_service(AdminServiceServer::new(AdminDoor::new(gateway)))
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener), shutdown.cancelled_owned())
+        .await
+        .map_err(|error| GatewayError::Serve(format!("admin: {error:?}")))
+}
