@@ -277,6 +277,23 @@ fn what_does_not_heal_is_found_and_what_was_broken_meanwhile_is_not() {
 }
 
 #[test]
+fn what_the_next_fault_meets_on_its_way_is_not_held_against_the_one_before() {
+    let next = |begin: u64| {
+        move |history: &mut History| {
+            let mut fault = history.faults[0].clone();
+            (fault.begin, fault.end, fault.must_show) = (begin, begin, false);
+            history.push(Entry::Fault(fault));
+            // Sent at 11.9 s, closed at 11.941 s.
+            history.requests[119].tokens.clear();
+            history.requests[119].reported_tokens = None;
+            history.requests[119].terminals[0].outcome = error("WORKER_GONE");
+        }
+    };
+    expect(&[], "", next(12 * SECOND - 70_000));
+    expect(&["I6"], "% of the tokens asked for came", next(12 * SECOND));
+}
+
+#[test]
 fn a_fault_without_proof_that_it_met_traffic_does_not_count() {
     expect(&["hit"], "none of 1 faults met live traffic", |history| {
         history.faults[0].evidence[0].after = 100;
