@@ -250,6 +250,17 @@ fn a_fault_that_does_not_show_is_named() {
         history.samples[1].links.insert(ADDRESS.to_owned(), true);
         history.samples[1].troubles.insert(ADDRESS.to_owned(), 1);
     });
+    // A process that was started anew has counted more before.
+    expect(&[], "", |history| {
+        history.samples[1].links.insert(ADDRESS.to_owned(), true);
+        history.samples[1].troubles.insert(ADDRESS.to_owned(), 2);
+        for (at, count) in [(SECOND, 5), (4 * SECOND, 1)] {
+            let mut earlier = history.samples[1].clone();
+            earlier.at = at;
+            earlier.troubles.insert(ADDRESS.to_owned(), count);
+            history.samples.push(earlier);
+        }
+    });
     expect(&[], "", |history| {
         history.faults[0].must_show = false;
         history.logs.clear();
