@@ -11,7 +11,7 @@ pub(crate) struct AnswerCounts {
     cancelled: AtomicU64,
 }
 
-/// [`AnswerCounts`] at one moment.
+/// How the answers of a gateway ended, since it started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AnswerStats {
     /// Answers that began.

@@ -28,7 +28,16 @@ pub struct Window {
 
 impl Window {
     /// Requests intended from `from` to before `to`.
-    pub fn of(history: &History, (from, to): (Micros, Micros)) -> Self {
+    pub fn of(history: &History, stretch: (Micros, Micros)) -> Self {
+        Self::of_those(history, stretch, |_| true)
+    }
+
+    /// Of them those that `counts` says.
+    pub(crate) fn of_those(
+        history: &History,
+        (from, to): (Micros, Micros),
+        counts: impl Fn(&RequestRecord) -> bool,
+    ) -> Self {
         let seconds = to.saturating_sub(from) as f64 / 1e6;
         let asked: HashMap<usize, usize> = history.references.iter().map(|it| (it.case, it.tokens.len())).collect();
         let mut window = Window {
@@ -42,7 +51,7 @@ impl Window {
                 .iter()
                 .filter(|&&(_, at)| (from..to).contains(&at))
                 .count();
-            if !(from..to).contains(&request.intended) {
+            if !(from..to).contains(&request.intended) || !counts(request) {
                 continue;
             }
             window.requests += 1;

@@ -129,7 +129,7 @@ pub struct FaultRecord {
     pub action: String,
     /// To which process.
     pub target: String,
-    /// What log lines may call the target.
+    /// What log lines and figures may call the target.
     pub names: Vec<String>,
     /// From when.
     pub begin: Micros,
@@ -187,7 +187,8 @@ pub struct Sample {
     pub figures: BTreeMap<String, u64>,
     /// Of a gateway: whether each worker is up, by address.
     pub links: BTreeMap<String, bool>,
-    /// Of a gateway: troubles with each worker since the start, by address.
+    /// Troubles with a worker since the start, by its address or name: of a gateway those it counts, of a worker the
+    /// streams that gateways opened.
     pub troubles: BTreeMap<String, u64>,
 }
 

@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::telemetry::dropped_log_lines;
+
 static STARTED: OnceLock<Instant> = OnceLock::new();
 static PANICS: AtomicU64 = AtomicU64::new(0);
 
@@ -27,6 +29,8 @@ pub struct OwnFigures {
     pub threads: u64,
     /// Panics since [`count_panics`] was called, caught or not.
     pub panics: u64,
+    /// Log lines that could not be written, since the start.
+    pub dropped_log_lines: u64,
 }
 
 impl OwnFigures {
@@ -41,6 +45,7 @@ impl OwnFigures {
             open_files: fs::read_dir("/proc/self/fd").map_or(0, |files| (files.count() as u64).saturating_sub(1)),
             threads: field(&status, "Threads:"),
             panics: PANICS.load(Ordering::Relaxed),
+            dropped_log_lines: dropped_log_lines(),
         }
     }
 }

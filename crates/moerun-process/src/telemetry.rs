@@ -1,6 +1,11 @@
 //! Log lines on standard error, as text for people or JSON for collectors.
 
-use std::{env, fmt, io, io::IsTerminal, str::FromStr};
+use std::{
+    env, fmt, io,
+    io::IsTerminal,
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::{EnvFilter, fmt as log};
@@ -70,13 +75,37 @@ pub fn init_telemetry(format: LogFormat, wanted: Option<&str>, default_filter: &
     let in_force = filter.to_string();
     let builder = log::Subscriber::builder()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(|| StandardError);
     match format {
         LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().try_init(),
     }
     .map_err(|_| TelemetryError::AlreadySet)?;
     Ok(in_force)
+}
+
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Log lines that could not be written, as where the disk is full.
+pub(crate) fn dropped_log_lines() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
+/// Standard error that takes everything: a line that cannot be written is dropped and counted. The subscriber would say on
+/// standard error that standard error fails, and panic.
+struct StandardError;
+
+impl io::Write for StandardError {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if io::stderr().write_all(line).is_err() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn filter(

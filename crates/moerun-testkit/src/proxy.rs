@@ -23,7 +23,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use stream::{Acceptor, Place};
+use stream::{Acceptor, Bound, Place};
 
 /// What is done to the bytes of both directions, and to new connections.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -125,14 +125,13 @@ impl FaultProxy {
     /// Listens on `listen` and forwards to `upstream`, each `host:port` or `unix:/path`; port 0 takes a free one.
     pub fn start(listen: &str, upstream: &str) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let acceptor = runtime.block_on(Acceptor::bind(&Place::parse(listen)))?;
-        let address = acceptor.address()?;
+        let bound = Bound::new(&Place::parse(listen))?;
+        let address = bound.address()?;
         let (in_force, faults) = watch::channel(InForce::default());
         let (resets, reset) = watch::channel(0);
         let counters = Arc::new(Counters::default());
         let (end, ended) = oneshot::channel();
         let server = Server {
-            acceptor,
             upstream: Place::parse(upstream),
             faults,
             reset,
@@ -140,8 +139,12 @@ impl FaultProxy {
         };
         let thread = thread::Builder::new().name("fault-proxy".to_owned()).spawn(move || {
             runtime.block_on(async {
+                let acceptor = match bound.listen() {
+                    Ok(acceptor) => acceptor,
+                    Err(error) => return eprintln!("the fault proxy cannot listen: {error}"),
+                };
                 tokio::select! {
-                    () = server.run() => {}
+                    () = server.run(acceptor) => {}
                     _ = ended => {}
                 }
             });
@@ -212,7 +215,6 @@ impl Drop for FaultProxy {
 }
 
 struct Server {
-    acceptor: Acceptor,
     upstream: Place,
     faults: watch::Receiver<InForce>,
     reset: watch::Receiver<u64>,
@@ -220,10 +222,10 @@ struct Server {
 }
 
 impl Server {
-    async fn run(self) {
+    async fn run(self, acceptor: Acceptor) {
         let mut connections = JoinSet::new();
         for number in 0.. {
-            let Ok(client) = self.acceptor.accept().await else {
+            let Ok(client) = acceptor.accept().await else {
                 tokio::time::sleep(Duration::from_millis(10)).await; // out of descriptors, say
                 continue;
             };

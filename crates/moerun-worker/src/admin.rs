@@ -27,6 +27,7 @@ use crate::service::Loaded;
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     streams: AtomicU64,
+    streams_opened: AtomicU64,
     executed: AtomicU64,
     failed: AtomicU64,
 }
@@ -53,6 +54,7 @@ impl OpenStream {
     /// One more.
     pub(crate) fn new(counts: Arc<Counts>) -> Self {
         counts.streams.fetch_add(1, Relaxed);
+        counts.streams_opened.fetch_add(1, Relaxed);
         Self(counts)
     }
 
@@ -91,6 +93,7 @@ impl AdminService for AdminDoor {
             outstanding_requests: loaded.map_or(0, |loaded| loaded.compute.outstanding() as u64),
             requests_executed: self.counts.executed.load(Relaxed),
             requests_failed: self.counts.failed.load(Relaxed),
+            streams_opened: self.counts.streams_opened.load(Relaxed),
             held_slices: loaded.map_or(0, |loaded| loaded.handshake.held.len() as u64),
         };
         Ok(Response::new(v1::GetStatsResponse {
@@ -103,6 +106,7 @@ impl AdminService for AdminDoor {
                 threads: own.threads,
                 async_tasks: Handle::current().metrics().num_alive_tasks() as u64,
                 panics: own.panics,
+                dropped_log_lines: own.dropped_log_lines,
             }),
             role: Some(Role::Worker(worker)),
         }))

@@ -60,7 +60,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Ok(exit) => exit,
         Err(error) if is_closed_pipe(&error) => Exit::Success,
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            let _ = writeln!(io::stderr(), "error: {}", one_line(&error)); // nobody can be told: the code says it too
             if is_usage(&error) { Exit::Usage } else { Exit::Failure }
         }
     };

@@ -60,6 +60,7 @@ impl AdminService for AdminDoor {
                 threads: own.threads,
                 async_tasks: Handle::current().metrics().num_alive_tasks() as u64,
                 panics: own.panics,
+                dropped_log_lines: own.dropped_log_lines,
             }),
             role: Some(Role::Gateway(gateway)),
         }))

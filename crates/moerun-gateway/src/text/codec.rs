@@ -1,11 +1,12 @@
 //! A checkpoint's tokenizer and chat template.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use super::{
     chat_template::{ChatMessage, ChatTemplate},
@@ -78,9 +79,7 @@ impl TextCodec {
         chat: Chat,
     ) -> Result<Self, GatewayError> {
         // What the post-processor adds to an empty text it adds to every text.
-        let frame = tokenizer
-            .encode_fast("", true)
-            .map_err(|error| tokenizer_error(&*error))?;
+        let frame = encode(&tokenizer, "")?;
         let wanted = |asked: bool, name: &str, token: Option<&str>| -> Result<Option<u32>, GatewayError> {
             if !asked {
                 return Ok(None);
@@ -108,11 +107,7 @@ impl TextCodec {
     /// Ids of a prompt: what tokenizer.json gives with its post-processor, and the begin-of-sequence token (or, where a
     /// checkpoint wants that, the end-of-sequence token) if `tokenizer_config.json` asks for it and it is not there yet.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, GatewayError> {
-        let encoding = self
-            .inner
-            .tokenizer
-            .encode_fast(text, true)
-            .map_err(|error| tokenizer_error(&*error))?;
+        let encoding = encode(&self.inner.tokenizer, text)?;
         let ids = self
             .inner
             .prepend
@@ -179,6 +174,16 @@ impl TextCodec {
     }
 }
 
+/// A panic in a tokenizer that a checkpoint brought along is an error of that text. What it says may quote the text, so it is
+/// not passed on.
+fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Encoding, GatewayError> {
+    catch_unwind(AssertUnwindSafe(|| tokenizer.encode_fast(text, true)))
+        .map_err(|_| GatewayError::Tokenizer {
+            reason: "it panicked on this input".to_owned(),
+        })?
+        .map_err(|error| tokenizer_error(&*error))
+}
+
 fn read_tokenizer(path: &Path) -> Result<Tokenizer, GatewayError> {
     let text = std::fs::read(path).map_err(|source| GatewayError::Read {
         path: path.to_owned(),
@@ -192,7 +197,11 @@ fn parse_tokenizer(path: &Path, text: impl AsRef<[u8]>) -> Result<Tokenizer, Gat
         path: path.to_owned(),
         reason,
     };
-    let mut tokenizer = Tokenizer::from_bytes(text).map_err(|error| malformed(error.to_string()))?;
+    // The tokenizer's own reader panics on some syntax errors, and on some values.
+    serde_json::from_slice::<serde::de::IgnoredAny>(text.as_ref()).map_err(|error| malformed(error.to_string()))?;
+    let read = catch_unwind(AssertUnwindSafe(|| Tokenizer::from_bytes(text)));
+    let read = read.map_err(|_| malformed("the tokenizer panicked while it read this".to_owned()))?;
+    let mut tokenizer = read.map_err(|error| malformed(error.to_string()))?;
     tokenizer.with_padding(None);
     tokenizer
         .with_truncation(None)

@@ -209,7 +209,7 @@ impl Cluster {
             id: 0,
             action: fault.kind.to_string(),
             target: member.name.clone(),
-            names: vec![member.known_as.clone()],
+            names: vec![member.known_as.clone(), member.name.clone()],
             begin,
             end: clock.now(),
             evidence,

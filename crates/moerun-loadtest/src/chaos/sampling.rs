@@ -117,12 +117,16 @@ impl Sampler {
                     .map(|link| (link.address.clone(), link.up))
                     .collect();
             }
-            Role::Worker(worker) => sample.figures.extend(figures([
-                ("streams", worker.streams),
-                ("outstanding_requests", worker.outstanding_requests),
-                ("requests_executed", worker.requests_executed),
-                ("requests_failed", worker.requests_failed),
-            ])),
+            Role::Worker(worker) => {
+                // A gateway that opens another stream has lost the one before.
+                sample.troubles.insert(door.process.clone(), worker.streams_opened);
+                sample.figures.extend(figures([
+                    ("streams", worker.streams),
+                    ("outstanding_requests", worker.outstanding_requests),
+                    ("requests_executed", worker.requests_executed),
+                    ("requests_failed", worker.requests_failed),
+                ]));
+            }
         }
         Some(sample)
     }

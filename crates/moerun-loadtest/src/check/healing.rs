@@ -1,7 +1,7 @@
 //! I6: some seconds after a fault is over, what is asked is answered as before.
 
 use super::{Limits, Verdict};
-use crate::{History, Micros, Window, clock::micros};
+use crate::{History, Micros, RequestRecord, Window, clock::micros};
 
 /// Least requests in a stretch from which a share can be told.
 const LEAST_REQUESTS: usize = 10;
@@ -18,7 +18,9 @@ pub(super) fn check(history: &History, limits: &Limits) -> Verdict {
     }
     let quiet = quiet_stretches(history, micros(limits.heals_within));
     for &(from, to) in &quiet {
-        let after = Window::of(history, (from, to));
+        // What the next fault met on its way says nothing of the one before.
+        let ended = |request: &RequestRecord| to == history.run.end || request.closed < to;
+        let after = Window::of_those(history, (from, to), ended);
         if after.requests < LEAST_REQUESTS {
             continue;
         }

@@ -250,6 +250,17 @@ fn a_fault_that_does_not_show_is_named() {
         history.samples[1].links.insert(ADDRESS.to_owned(), true);
         history.samples[1].troubles.insert(ADDRESS.to_owned(), 1);
     });
+    // A process that was started anew has counted more before.
+    expect(&[], "", |history| {
+        history.samples[1].links.insert(ADDRESS.to_owned(), true);
+        history.samples[1].troubles.insert(ADDRESS.to_owned(), 2);
+        for (at, count) in [(SECOND, 5), (4 * SECOND, 1)] {
+            let mut earlier = history.samples[1].clone();
+            earlier.at = at;
+            earlier.troubles.insert(ADDRESS.to_owned(), count);
+            history.samples.push(earlier);
+        }
+    });
     expect(&[], "", |history| {
         history.faults[0].must_show = false;
         history.logs.clear();
@@ -274,6 +285,23 @@ fn what_does_not_heal_is_found_and_what_was_broken_meanwhile_is_not() {
     expect(&["I6"], "fewer than 10 requests", |history| {
         history.requests.truncate(110)
     });
+}
+
+#[test]
+fn what_the_next_fault_meets_on_its_way_is_not_held_against_the_one_before() {
+    let next = |begin: u64| {
+        move |history: &mut History| {
+            let mut fault = history.faults[0].clone();
+            (fault.begin, fault.end, fault.must_show) = (begin, begin, false);
+            history.push(Entry::Fault(fault));
+            // Sent at 11.9 s, closed at 11.941 s.
+            history.requests[119].tokens.clear();
+            history.requests[119].reported_tokens = None;
+            history.requests[119].terminals[0].outcome = error("WORKER_GONE");
+        }
+    };
+    expect(&[], "", next(12 * SECOND - 70_000));
+    expect(&["I6"], "% of the tokens asked for came", next(12 * SECOND));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! I5: whoever looks at figures or logs sees the fault soon.
 
 use super::Verdict;
-use crate::{FaultRecord, History, Micros};
+use crate::{FaultRecord, History, Micros, Sample};
 
 pub(super) fn check(history: &History, within: Micros) -> Verdict {
     let mut verdict = Verdict::new("I5", "a fault shows in figures and in a log line soon");
@@ -19,20 +19,20 @@ pub(super) fn check(history: &History, within: Micros) -> Verdict {
     verdict
 }
 
-/// A gateway says that a link to it is down, or counts more troubles with it than before.
+/// A gateway says that a link to it is down, or a process counts more troubles with it than when it was last asked before:
+/// a process that was started anew counts from the beginning.
 fn shows_in_figures(history: &History, fault: &FaultRecord, until: Micros) -> bool {
     let in_time = |at: Micros| (fault.begin..=until).contains(&at);
     fault.names.iter().any(|name| {
-        let troubles = |wanted: &dyn Fn(Micros) -> bool| {
-            let seen = history.samples.iter().filter(|sample| wanted(sample.at));
-            seen.filter_map(|sample| sample.troubles.get(name)).copied().max()
-        };
-        let down = history
-            .samples
-            .iter()
-            .any(|sample| in_time(sample.at) && sample.links.get(name) == Some(&false));
-        let before = troubles(&|at| at < fault.begin).unwrap_or(0);
-        down || troubles(&in_time).is_some_and(|count| count > before)
+        let troubles = |sample: &Sample| Some((sample.at, *sample.troubles.get(name)?));
+        let counted = || history.samples.iter().filter_map(troubles);
+        let before = counted()
+            .filter(|&(at, _)| at < fault.begin)
+            .max()
+            .map_or(0, |(_, count)| count);
+        let more = counted().any(|(at, count)| in_time(at) && count > before);
+        let down = |sample: &Sample| in_time(sample.at) && sample.links.get(name) == Some(&false);
+        more || history.samples.iter().any(down)
     })
 }
 

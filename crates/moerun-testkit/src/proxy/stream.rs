@@ -40,24 +40,60 @@ impl Place {
 /// Takes connections; a socket's file is removed with it.
 pub(super) enum Acceptor {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix { listener: UnixListener, _file: SocketFile },
 }
 
-impl Acceptor {
-    pub(super) async fn bind(place: &Place) -> io::Result<Self> {
+/// An address that is taken, and by whom it will be served.
+pub(super) enum Bound {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener, SocketFile),
+}
+
+/// Removed when dropped.
+pub(super) struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0); // gone already: fine
+    }
+}
+
+impl Bound {
+    /// Takes the address. Belongs to no runtime, so that one may be running here or not.
+    pub(super) fn new(place: &Place) -> io::Result<Self> {
         match place {
-            Place::Tcp(address) => TcpListener::bind(address).await.map(Acceptor::Tcp),
-            Place::Unix(path) => UnixListener::bind(path).map(|listener| Acceptor::Unix(listener, path.clone())),
+            Place::Tcp(address) => {
+                let listener = std::net::TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Ok(Bound::Tcp(listener))
+            }
+            Place::Unix(path) => {
+                let listener = std::os::unix::net::UnixListener::bind(path)?;
+                listener.set_nonblocking(true)?;
+                Ok(Bound::Unix(listener, SocketFile(path.clone())))
+            }
         }
     }
 
     pub(super) fn address(&self) -> io::Result<String> {
         match self {
-            Acceptor::Tcp(listener) => Ok(listener.local_addr()?.to_string()),
-            Acceptor::Unix(_, path) => Ok(format!("unix:{}", path.display())),
+            Bound::Tcp(listener) => Ok(listener.local_addr()?.to_string()),
+            Bound::Unix(_, file) => Ok(format!("unix:{}", file.0.display())),
         }
     }
 
+    /// Hands it to the runtime that this is called in.
+    pub(super) fn listen(self) -> io::Result<Acceptor> {
+        match self {
+            Bound::Tcp(listener) => TcpListener::from_std(listener).map(Acceptor::Tcp),
+            Bound::Unix(listener, file) => {
+                UnixListener::from_std(listener).map(|listener| Acceptor::Unix { listener, _file: file })
+            }
+        }
+    }
+}
+
+impl Acceptor {
     pub(super) async fn accept(&self) -> io::Result<Stream> {
         match self {
             Acceptor::Tcp(listener) => {
@@ -65,15 +101,7 @@ impl Acceptor {
                 stream.set_nodelay(true)?;
                 Ok(Stream::Tcp(stream))
             }
-            Acceptor::Unix(listener, _) => Ok(Stream::Unix(listener.accept().await?.0)),
-        }
-    }
-}
-
-impl Drop for Acceptor {
-    fn drop(&mut self) {
-        if let Acceptor::Unix(_, path) = self {
-            let _ = std::fs::remove_file(path);
+            Acceptor::Unix { listener, .. } => Ok(Stream::Unix(listener.accept().await?.0)),
         }
     }
 }

@@ -247,7 +247,8 @@ async fn print(
         writeln!(io::stdout(), "{answer}")?;
     } else {
         writeln!(io::stdout())?;
-        eprintln!(
+        let told = writeln!(
+            io::stderr(),
             "[{prompt_tokens} prompt tokens, {} generated ({reason}); {} in {:.2} s, first token after {:.3} s{}]",
             token_ids.len(),
             if args.connect.is_some() { "connected" } else { "loaded" },
@@ -257,6 +258,7 @@ async fn print(
                 .decode_rate
                 .map_or_else(String::new, |rate| format!(", then {rate:.1} tokens/s")),
         );
+        drop(told); // the answer is out
     }
     Ok(())
 }
