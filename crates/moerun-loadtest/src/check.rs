@@ -9,6 +9,8 @@ mod visibility;
 
 use std::{fmt, time::Duration};
 
+pub(crate) use leaks::UNDER_WAY;
+
 use crate::{History, clock::micros};
 
 /// Violations that are told one by one; more are counted.

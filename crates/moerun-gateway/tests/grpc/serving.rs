@@ -168,17 +168,15 @@ async fn the_admin_service_counts_what_runs_and_how_answers_ended() {
         .await
         .unwrap()
         .into_inner();
-    let running = stats_when(&served, |it| it.waiting_requests + it.running_requests > 0).await;
+    // One step, of two layers: the next waits at the gate, so the answer cannot end before its client goes.
+    served.experts.allow(asked_before + 2);
+    stream.message().await.unwrap();
+    let running = stats_when(&served, |it| it.running_requests == 1).await;
+    assert!(running.kv_pages_used > 0, "{running:?}");
     assert_eq!(
         (running.answers_begun, running.answers_finished, running.answers_failed),
         (2, 1, 0)
     );
-    // One step, of two layers, the first of which waits at the gate: the answer cannot end before its client goes.
-    while served.experts.submitted() == asked_before {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    served.experts.allow(asked_before + 2);
-    stream.message().await.unwrap();
     drop(stream);
     stats_when(&served, |it| it.answers_cancelled > 0).await;
     served.experts.open();

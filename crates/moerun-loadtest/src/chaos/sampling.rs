@@ -9,7 +9,7 @@ use tokio::{
 };
 use tonic::transport::{Channel, Endpoint};
 
-use crate::{Entry, LoadError, Phase, RunClock, Sample};
+use crate::{Entry, LoadError, Phase, RunClock, Sample, check::UNDER_WAY};
 
 /// A process that is stopped does not answer; nobody waits long for it.
 const PATIENCE: Duration = Duration::from_millis(400);
@@ -101,7 +101,10 @@ impl Sampler {
         };
         match response.role? {
             Role::Gateway(gateway) => {
+                let ended = gateway.answers_finished + gateway.answers_failed + gateway.answers_cancelled;
                 sample.figures.extend(figures([
+                    // The engine's own gauges are as of its last step, and say nothing of one that does not end.
+                    ("answers_under_way", gateway.answers_begun.saturating_sub(ended)),
                     ("running_requests", gateway.running_requests),
                     ("waiting_requests", gateway.waiting_requests),
                     ("kv_pages_used", gateway.kv_pages_used),
@@ -137,12 +140,7 @@ fn figures<const N: usize>(named: [(&str, u64); N]) -> BTreeMap<String, u64> {
 }
 
 fn is_quiet(sample: &Sample) -> bool {
-    [
-        "running_requests",
-        "waiting_requests",
-        "kv_pages_used",
-        "outstanding_requests",
-    ]
-    .iter()
-    .all(|name| sample.figures.get(*name).copied().unwrap_or(0) == 0)
+    UNDER_WAY
+        .iter()
+        .all(|name| sample.figures.get(*name).copied().unwrap_or(0) == 0)
 }

@@ -4,7 +4,8 @@ use super::{Limits, Verdict};
 use crate::{History, Phase, Sample};
 
 /// Figures that count what is under way.
-const MUST_BE_ZERO: [&str; 4] = [
+pub(crate) const UNDER_WAY: [&str; 5] = [
+    "answers_under_way",
     "running_requests",
     "waiting_requests",
     "kv_pages_used",
@@ -20,7 +21,7 @@ pub(super) fn check(history: &History, limits: &Limits) -> Verdict {
     for sample in of(Phase::Final) {
         verdict.checked += 1;
         let Sample { process, figures, .. } = sample;
-        for name in MUST_BE_ZERO {
+        for name in UNDER_WAY {
             if let Some(&left) = figures.get(name).filter(|&&left| left > 0) {
                 verdict.violated(|| format!("{process}: {name}: wanted 0 after the load, found {left}"));
             }
