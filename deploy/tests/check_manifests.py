@@ -5,6 +5,7 @@ usage: check_manifests.py        (needs kubectl, systemd-analyze and requirement
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -219,6 +220,9 @@ def test_units_are_hardened_and_valid():
 
 def main() -> int:
     tests = [(name, it) for name, it in globals().items() if name.startswith("test_")]
+    if shutil.which("kubectl") is None:
+        print("kubernetes manifests: SKIPPED, no kubectl")
+        tests = [(name, it) for name, it in tests if "compose" in name or "units" in name]
     failed = 0
     for name, test in tests:
         try:

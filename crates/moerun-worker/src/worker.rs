@@ -212,12 +212,7 @@ impl Listening {
             None if address.is_on_this_host() => AdminDoors::Beside,
             None => AdminDoors::None,
         };
-        let preparing = server::prepare(
-            listener,
-            admin,
-            shutdown.clone(),
-            &options,
-        );
+        let preparing = server::prepare(listener, admin, shutdown.clone(), &options);
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
         let (loaded, health) = (prepared.loaded, prepared.health);

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use moerun_dispatch::{DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
+use moerun_dispatch::{Combined, DispatchError, ExpertBackend, ExpertRequest, PendingExperts};
 use ndarray::Array2;
 
 /// Of this many dispatches one is spoilt.
@@ -98,16 +98,16 @@ struct PlantedPending {
 }
 
 impl PendingExperts for PlantedPending {
-    fn wait(self: Box<Self>) -> Result<Array2<f32>, DispatchError> {
+    fn wait(self: Box<Self>) -> Result<Combined, DispatchError> {
         let mut combined = self.pending.wait().inspect_err(|error| self.state.fail(error))?;
         if self.plant == Plant::LateReplyTwice {
             let mut last = self.state.last.lock().unwrap_or_else(PoisonError::into_inner);
             if self.spoil
-                && let Some(late) = last.as_ref().filter(|late| late.dim() == combined.dim())
+                && let Some(late) = last.as_ref().filter(|late| late.dim() == combined.hidden_states.dim())
             {
-                combined += late;
+                combined.hidden_states += late;
             }
-            *last = Some(combined.clone());
+            *last = Some(combined.hidden_states.clone());
         }
         Ok(combined)
     }

@@ -18,6 +18,10 @@ async fn violated(plant: &str, faults: Vec<FaultKind>) -> (Vec<&'static str>, St
         // Whoever hides a fault hides it from the log too.
         environment.push(("MOERUN_LOG".to_owned(), "off".to_owned()));
     }
+    if plant == "no-recovery" {
+        // Nothing goes wrong first where the gateway computes what its workers have lost.
+        environment.push(("MOERUN_ON_EXPERT_LOSS".to_owned(), "fail".to_owned()));
+    }
     let config = ChaosConfig {
         environment,
         workers: 2,
