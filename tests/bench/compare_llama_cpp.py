@@ -204,7 +204,6 @@ def compare(options, format_name, directory):
             llama[name].append(run())
         moerun.append(run_moerun(options, path, weights))
 
-    bandwidth = max(run["machine"]["read_bytes_per_second"] for run in moerun)
     peaks = [run["machine"]["multiply_ops_per_second"] for run in moerun]
     # What prefill is bound by: the instruction for the format, or f32's where there is none.
     instruction = "bf16" if format_name == "bf16" else "int8"
@@ -213,8 +212,9 @@ def compare(options, format_name, directory):
              peak * options.prompt_tokens / moerun[0]["prefill"]["ops"], lambda run: run["prefill"])]
     for index, batch in enumerate(batches):
         rates = [run["decode"][index]["tokens_per_second"]["median"] for run in moerun]
-        bytes_per_token = statistics.median(run["decode"][index]["bytes_per_token"] for run in moerun)
-        rows.append((f"decode, batch {batch}", rates, bandwidth / bytes_per_token, lambda run, batch=batch: run["decode"][str(batch)]))
+        # By the read bandwidth that each run found before and after it.
+        bounds = [rate / run["decode"][index]["fraction_of_read_bandwidth"] for rate, run in zip(rates, moerun)]
+        rows.append((f"decode, batch {batch}", rates, statistics.median(bounds), lambda run, batch=batch: run["decode"][str(batch)]))
     for name, rates, bound, of in rows:
         best = max(llama, key=lambda variant: statistics.median(of(run) for run in llama[variant]))
         theirs = [of(run) for run in llama[best]]

@@ -48,7 +48,7 @@ fn experts(criterion: &mut Criterion) {
                 })
                 .collect();
             let mut group = criterion.benchmark_group(format!("experts/{shape}/{format}"));
-            for rows in [1, 8, 64] {
+            for rows in [1, 8, 64, 256] {
                 let x = activations(format, rows, hidden);
                 let row_ids: Vec<u32> = (0..rows as u32).collect();
                 let routing_weights = vec![0.125; rows];

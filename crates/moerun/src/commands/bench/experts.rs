@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::{
     header,
-    machine::{Machine, PROBE_BYTES},
+    machine::{Limits, Machine, PROBE_BYTES},
     print_json,
     random::Random,
     spread::Spread,
@@ -85,18 +85,22 @@ pub(super) fn run(args: &BenchKernelsArgs) -> anyhow::Result<()> {
                 .map(|&block| Numerics::checked(format, args.combine, block).context("--combine-block"))
                 .collect::<Result<Vec<_>, _>>()?;
             let experts = Experts::new(&config, moe, format);
+            let mut before = machine.measure(&pool);
             for &rows in &args.rows {
                 for &numerics in &numerics {
-                    cases.push(experts.measure(&pool, name, rows, moe, numerics)?);
+                    let mut case = experts.measure(&pool, name, rows, moe, numerics, before)?;
+                    let after = machine.measure(&pool);
+                    case.limits = before.or_more(after);
+                    cases.push(case);
+                    before = after;
                 }
             }
-            machine.measure(&pool);
         }
     }
     if args.json {
         let mut json = header(threads);
         json.insert("machine".to_owned(), machine.to_json());
-        let cases: Vec<_> = cases.iter().map(|case| case.to_json(&machine)).collect();
+        let cases: Vec<_> = cases.iter().map(Case::to_json).collect();
         json.insert("kernels".to_owned(), cases.into());
         print_json(json)?;
     } else {
@@ -114,7 +118,7 @@ pub(super) fn run(args: &BenchKernelsArgs) -> anyhow::Result<()> {
             "of multiply",
         ]);
         for case in &cases {
-            table.row(case.to_row(&machine));
+            table.row(case.to_row());
         }
         let experts = "the experts that one token chooses, drawn at random, each run on all rows";
         write!(io::stdout().lock(), "{machine}\n{experts}\n{table}")?;
@@ -139,6 +143,8 @@ struct Case {
     seconds: Spread,
     weight_bytes: usize,
     operations: usize,
+    /// Of the machine, before and after.
+    limits: Limits,
 }
 
 impl Experts {
@@ -201,6 +207,7 @@ impl Experts {
         rows: usize,
         moe: &MoeConfig,
         numerics: Numerics,
+        limits: Limits,
     ) -> anyhow::Result<Case> {
         let mut random = Random::new(rows as u64);
         let x = Array2::from_shape_simple_fn((rows, self.hidden), || uniform(&mut random));
@@ -246,6 +253,7 @@ impl Experts {
             rows,
             seconds: Spread::of(&seconds),
             weight_bytes,
+            limits,
             operations: 2 * 3 * self.hidden * self.intermediate * rows * self.top_k,
         })
     }
@@ -272,7 +280,7 @@ impl Case {
         self.operations as f64 / self.seconds.median
     }
 
-    fn to_json(&self, machine: &Machine) -> serde_json::Value {
+    fn to_json(&self) -> serde_json::Value {
         json!({
             "shape": self.shape,
             "weights": self.numerics.format,
@@ -282,14 +290,15 @@ impl Case {
             "seconds": self.seconds,
             "weight_bytes": self.weight_bytes,
             "bytes_per_second": self.bytes_per_second(),
-            "fraction_of_read_bandwidth": machine.share_of_read(self.bytes_per_second()),
+            "fraction_of_read_bandwidth": self.limits.share_of_read(self.bytes_per_second()),
+            "limits": self.limits.to_json(),
             "ops": self.operations,
             "ops_per_second": self.ops_per_second(),
-            "fraction_of_multiply_peak": machine.share_of_peak(self.numerics.format, self.ops_per_second()),
+            "fraction_of_multiply_peak": self.limits.share_of_peak(self.numerics.format, self.ops_per_second()),
         })
     }
 
-    fn to_row(&self, machine: &Machine) -> Vec<String> {
+    fn to_row(&self) -> Vec<String> {
         let micros = self.seconds.scaled(1e6);
         vec![
             self.shape.clone(),
@@ -303,9 +312,9 @@ impl Case {
             format!("{:.0}", micros.min),
             format!("{:.0}", micros.max),
             format!("{:.1}", self.bytes_per_second() / 1e9),
-            share(Some(machine.share_of_read(self.bytes_per_second()))),
+            share(Some(self.limits.share_of_read(self.bytes_per_second()))),
             format!("{:.0}", self.ops_per_second() / 1e9),
-            share(machine.share_of_peak(self.numerics.format, self.ops_per_second())),
+            share(self.limits.share_of_peak(self.numerics.format, self.ops_per_second())),
         ]
     }
 }

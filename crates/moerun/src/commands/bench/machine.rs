@@ -13,11 +13,18 @@ use crate::size::ByteSize;
 /// Memory that is read: more than any cache holds.
 pub(super) const PROBE_BYTES: usize = 1 << 30;
 /// Passes over it each time.
-const PASSES: usize = 5;
+const PASSES: usize = 3;
 
-/// Read bandwidth and multiply peaks: of all measurements the largest, since what is not reached now may be a moment later.
+/// Measures the machine's limits, again and again: on a guest of a busy host the read bandwidth halves and doubles within
+/// a minute, so that a rate can only be judged by what was possible just before and after it.
 pub(super) struct Machine {
     memory: ProbeMemory,
+    best: Limits,
+}
+
+/// What the machine could do at some time: of several measurements the largest.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Limits {
     read_bytes_per_second: f64,
     multiply_ops_per_second: [Option<f64>; Multiply::ALL.len()],
 }
@@ -35,22 +42,52 @@ impl Machine {
         }
         let mut machine = Self {
             memory: ProbeMemory::new(pool, PROBE_BYTES),
-            read_bytes_per_second: 0.0,
-            multiply_ops_per_second: [None; Multiply::ALL.len()],
+            best: Limits::NONE,
         };
         machine.measure(pool);
         Ok(machine)
     }
 
-    /// Measures again.
-    pub(super) fn measure(&mut self, pool: &CpuPool) {
+    /// What the machine can do now.
+    pub(super) fn measure(&mut self, pool: &CpuPool) -> Limits {
+        let mut now = Limits::NONE;
         for _ in 0..PASSES {
-            self.read_bytes_per_second = self.read_bytes_per_second.max(read_bandwidth(pool, &self.memory));
-            for (best, multiply) in self.multiply_ops_per_second.iter_mut().zip(Multiply::ALL) {
-                let peak = multiply_peak(pool, multiply);
-                *best = best.map_or(peak, |best| peak.map(|peak| peak.max(best)));
-            }
+            now = now.or_more(Limits {
+                read_bytes_per_second: read_bandwidth(pool, &self.memory),
+                multiply_ops_per_second: Multiply::ALL.map(|multiply| multiply_peak(pool, multiply)),
+            });
         }
+        self.best = self.best.or_more(now);
+        now
+    }
+
+    /// The best that was ever seen.
+    pub(super) fn to_json(&self) -> Value {
+        self.best.to_json()
+    }
+}
+
+impl Limits {
+    const NONE: Self = Self {
+        read_bytes_per_second: 0.0,
+        multiply_ops_per_second: [None; Multiply::ALL.len()],
+    };
+
+    /// The larger of each.
+    pub(super) fn or_more(self, other: Self) -> Self {
+        let mut more = self;
+        more.read_bytes_per_second = more.read_bytes_per_second.max(other.read_bytes_per_second);
+        for (more, other) in more
+            .multiply_ops_per_second
+            .iter_mut()
+            .zip(other.multiply_ops_per_second)
+        {
+            *more = match (*more, other) {
+                (Some(one), Some(other)) => Some(one.max(other)),
+                (one, other) => one.or(other),
+            };
+        }
+        more
     }
 
     /// Share of the read bandwidth that `bytes_per_second` is.
@@ -65,7 +102,7 @@ impl Machine {
         Some(ops_per_second / self.multiply_ops_per_second[index]?)
     }
 
-    pub(super) fn to_json(&self) -> Value {
+    pub(super) fn to_json(self) -> Value {
         let peaks: serde_json::Map<String, Value> = Multiply::ALL
             .iter()
             .zip(self.multiply_ops_per_second)
@@ -82,14 +119,41 @@ impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "machine: reads {:.1} GB/s; multiplies",
-            self.read_bytes_per_second / 1e9
+            "machine, at best: reads {:.1} GB/s; multiplies",
+            self.best.read_bytes_per_second / 1e9
         )?;
-        for (multiply, peak) in Multiply::ALL.iter().zip(self.multiply_ops_per_second) {
+        for (multiply, peak) in Multiply::ALL.iter().zip(self.best.multiply_ops_per_second) {
             if let Some(peak) = peak {
                 write!(f, " {} {:.0}", multiply.name(), peak / 1e9)?;
             }
         }
         f.write_str(" Gop/s")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_of_the_larger_of_two_measurements() {
+        let before = Limits {
+            read_bytes_per_second: 20.0,
+            multiply_ops_per_second: [Some(3.0), None, Some(8.0)],
+        };
+        let after = Limits {
+            read_bytes_per_second: 10.0,
+            multiply_ops_per_second: [Some(4.0), None, Some(5.0)],
+        };
+        for limits in [
+            before.or_more(after),
+            after.or_more(before),
+            before.or_more(after).or_more(Limits::NONE),
+        ] {
+            assert_eq!(limits.share_of_read(5.0), 0.25);
+            assert_eq!(limits.share_of_peak(NumberFormat::F32, 1.0), Some(0.25));
+            assert_eq!(limits.share_of_peak(NumberFormat::Bf16, 1.0), None);
+            assert_eq!(limits.share_of_peak(NumberFormat::Int4, 2.0), Some(0.25));
+        }
     }
 }

@@ -14,13 +14,21 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use moerun_dispatch::ExpertBackend;
 use moerun_engine::{EngineHandle, GenerateRequest, SamplingParams, TokenEvent};
+use moerun_kernels::CpuPool;
 use moerun_process::WARNINGS_AND_PROGRESS;
 use moerun_weights::{Checkpoint, Needs};
 use serde_json::json;
 use tokio::sync::mpsc::Receiver;
 
 use self::{cost::Cost, plan::Plan, report::Report};
-use super::{counted_experts::CountedExperts, header, machine::Machine, print_json, random::Random, spread::Spread};
+use super::{
+    counted_experts::CountedExperts,
+    header,
+    machine::{Limits, Machine},
+    print_json,
+    random::Random,
+    spread::Spread,
+};
 use crate::{
     cli::BenchModelArgs,
     settings::{RoleFlags, Settings},
@@ -48,11 +56,13 @@ pub(super) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
     experts.backend = Arc::clone(&counted) as Arc<dyn ExpertBackend>;
     let format = experts.model.format();
     let pool = Arc::clone(&experts.pool);
-    let mut machine = Machine::measure_first(&pool)?;
+    let machine = Machine::measure_first(&pool)?;
 
     let engine = experts.start_engine(&plan.settings(settings.clone(), &config))?;
-    let bench = Bench {
+    let mut bench = Bench {
         engine: engine.handle(),
+        machine,
+        pool: Arc::clone(&pool),
         counted,
         vocab_size: u32::try_from(config.vocab_size).context("vocabulary")?,
         moe_layers: config.moe_layers().len(),
@@ -64,11 +74,10 @@ pub(super) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
         .iter()
         .map(|&batch| bench.decode(batch))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    machine.measure(&pool);
 
     let cost = Cost::of(&config, format, settings.kv_format);
     let report = Report {
-        machine,
+        machine: bench.machine,
         cost,
         format,
         prompt_tokens: plan.prompt_tokens,
@@ -99,16 +108,25 @@ pub(super) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
 /// An engine under measurement.
 struct Bench<'a> {
     engine: EngineHandle,
+    machine: Machine,
+    pool: Arc<CpuPool>,
     counted: Arc<CountedExperts>,
     vocab_size: u32,
     moe_layers: usize,
     plan: &'a Plan,
 }
 
+/// A run, and what the machine could do before and after it.
+struct Run {
+    seconds: f64,
+    limits: Limits,
+}
+
 /// Of one batch size.
 struct Decode {
     batch: usize,
     tokens_per_second: Spread,
+    runs: Vec<Run>,
     /// Experts read in a step, all layers together.
     experts_per_step: f64,
     /// Mean length of a sequence while it was measured.
@@ -118,41 +136,64 @@ struct Decode {
 
 impl Bench<'_> {
     /// Seconds from a request to its first token, one prompt at a time; the first is not counted.
-    fn prefill(&self) -> anyhow::Result<Spread> {
-        let mut seconds = Vec::new();
+    fn prefill(&mut self) -> anyhow::Result<Vec<Run>> {
+        let mut runs = Vec::new();
+        let mut before = self.machine.measure(&self.pool);
         for turn in 0..=self.plan.repeat {
             let prompt = self.prompt(turn as u64);
             self.await_idle()?;
             let begun = Instant::now();
             let mut events = self.engine.generate(self.request(prompt, 1))?;
             ensure!(next_token(&mut events)?, "the prompt gave no token");
+            let seconds = begun.elapsed().as_secs_f64();
+            let limits = self.limits_around(&mut before)?;
             if turn > 0 {
-                seconds.push(begun.elapsed().as_secs_f64());
+                runs.push(Run { seconds, limits });
             }
         }
-        Ok(Spread::of(&seconds))
+        Ok(runs)
     }
 
     /// Tokens per second of `batch` sequences that all generate; the first run is not counted.
-    fn decode(&self, batch: usize) -> anyhow::Result<Decode> {
-        let (mut rates, mut experts_per_layer, mut context) = (Vec::new(), 0.0, 0.0);
+    fn decode(&mut self, batch: usize) -> anyhow::Result<Decode> {
+        let (mut runs, mut experts_per_layer, mut context) = (Vec::new(), 0.0, 0.0);
+        let mut before = self.machine.measure(&self.pool);
         let preemptions = self.engine.stats().preemptions;
         for turn in 0..=self.plan.repeat {
             let run = self.decode_in_time(batch, turn as u64 * batch as u64)?;
+            let limits = self.limits_around(&mut before)?;
             if turn > 0 {
-                rates.push((batch * self.plan.gen_tokens) as f64 / run.seconds);
+                runs.push(Run {
+                    seconds: run.seconds,
+                    limits,
+                });
                 experts_per_layer += run.experts_per_layer;
                 context += run.mean_context;
             }
         }
         let turns = self.plan.repeat as f64;
+        let rates: Vec<f64> = runs
+            .iter()
+            .map(|run| (batch * self.plan.gen_tokens) as f64 / run.seconds)
+            .collect();
         Ok(Decode {
             batch,
             tokens_per_second: Spread::of(&rates),
+            runs,
             experts_per_step: experts_per_layer / turns * self.moe_layers as f64,
             mean_context: context / turns,
             preemptions: self.engine.stats().preemptions - preemptions,
         })
+    }
+
+    /// The limits of the machine before and after a run that has just ended; those of now come before the next one.
+    fn limits_around(&mut self, before: &mut Limits) -> anyhow::Result<Limits> {
+        // What was cancelled computes until it notices.
+        self.await_idle()?;
+        let after = self.machine.measure(&self.pool);
+        let around = before.or_more(after);
+        *before = after;
+        Ok(around)
     }
 
     /// A run that this thread followed from beginning to end. On a machine that is busy with others, a small model may run

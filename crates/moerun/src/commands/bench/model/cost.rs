@@ -58,6 +58,7 @@ mod tests {
         Decode {
             batch,
             tokens_per_second: Spread::of(&[1.0]),
+            runs: Vec::new(),
             experts_per_step,
             mean_context: 0.0,
             preemptions: 0,

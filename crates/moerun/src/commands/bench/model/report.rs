@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{machine::Machine, spread::Spread},
-    Decode,
+    Decode, Run,
     cost::Cost,
 };
 use crate::commands::table::{Table, share};
@@ -19,8 +19,8 @@ pub(super) struct Report {
     pub(super) format: NumberFormat,
     pub(super) prompt_tokens: usize,
     pub(super) gen_tokens: usize,
-    /// Seconds to the first token.
-    pub(super) prefill: Spread,
+    /// From a request to its first token.
+    pub(super) prefill: Vec<Run>,
     pub(super) decodes: Vec<Decode>,
 }
 
@@ -29,24 +29,30 @@ impl Report {
         self.cost.prompt_ops * self.prompt_tokens as u64 + self.cost.head_ops
     }
 
-    /// Tokens per second; the extremes change places.
+    /// Seconds to the first token.
+    fn first_token(&self) -> Spread {
+        Spread::of(&self.prefill.iter().map(|run| run.seconds).collect::<Vec<_>>())
+    }
+
+    /// Tokens per second of the prompt.
     fn prefill_rate(&self) -> Spread {
-        let rate = |seconds: f64| self.prompt_tokens as f64 / seconds;
-        Spread {
-            median: rate(self.prefill.median),
-            min: rate(self.prefill.max),
-            max: rate(self.prefill.min),
-        }
+        let rate = |run: &Run| self.prompt_tokens as f64 / run.seconds;
+        Spread::of(&self.prefill.iter().map(rate).collect::<Vec<_>>())
     }
 
+    /// Median of the runs' shares, each of its own limits.
     fn prefill_share(&self) -> Option<f64> {
-        self.machine
-            .share_of_peak(self.format, self.prefill_ops() as f64 / self.prefill.median)
+        let ops = self.prefill_ops() as f64;
+        let share = |run: &Run| run.limits.share_of_peak(self.format, ops / run.seconds);
+        let shares: Option<Vec<f64>> = self.prefill.iter().map(share).collect();
+        Some(Spread::of(&shares?).median)
     }
 
+    /// Median of the runs' shares, each of its own limits.
     fn decode_share(&self, decode: &Decode) -> f64 {
-        self.machine
-            .share_of_read(self.cost.decode_bytes(decode) * decode.tokens_per_second.median)
+        let bytes = self.cost.decode_bytes(decode) * (decode.batch * self.gen_tokens) as f64;
+        let share = |run: &Run| run.limits.share_of_read(bytes / run.seconds);
+        Spread::of(&decode.runs.iter().map(share).collect::<Vec<_>>()).median
     }
 
     pub(super) fn add_to_json(&self, json: &mut Map<String, Value>) {
@@ -55,7 +61,7 @@ impl Report {
             "prefill".to_owned(),
             json!({
                 "prompt_tokens": self.prompt_tokens,
-                "time_to_first_token_seconds": self.prefill,
+                "time_to_first_token_seconds": self.first_token(),
                 "tokens_per_second": self.prefill_rate(),
                 "ops": self.prefill_ops(),
                 "fraction_of_multiply_peak": self.prefill_share(),
@@ -110,13 +116,8 @@ impl fmt::Display for Report {
             ));
         }
         write!(f, "{table}")?;
-        writeln!(
-            f,
-            "time to first token: {:.1} ms ({:.1} to {:.1})",
-            self.prefill.median * 1e3,
-            self.prefill.min * 1e3,
-            self.prefill.max * 1e3
-        )?;
+        let Spread { median, min, max } = self.first_token().scaled(1e3);
+        writeln!(f, "time to first token: {median:.1} ms ({min:.1} to {max:.1})")?;
         for decode in self.decodes.iter().filter(|decode| decode.preemptions > 0) {
             writeln!(
                 f,
