@@ -182,22 +182,24 @@ struct F32Sink<'a> {
 
 impl Sink for F32Sink<'_> {
     #[inline(always)]
-    fn put<S: Simd>(&mut self, _simd: S, row: usize, panel: usize, sums: SegmentSums<'_>) {
+    fn put<S: Simd>(&mut self, _simd: S, row: usize, panels: Range<usize>, sums: SegmentSums<'_>) {
         let start = self.part.out_row(row) * self.width;
-        let cols = panel * LANES..self.width.min((panel + 1) * LANES);
+        let cols = panels.start * LANES..self.width.min(panels.end * LANES);
         // SAFETY: a stripe's columns are written by one task, which does not keep this part.
         #[allow(unsafe_code)]
         let out = unsafe { self.out.part(start + cols.start..start + cols.end) };
-        for sums in sums.iter() {
-            match self.store {
-                Store::Replace => out
-                    .iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, &sum)| *out = self.part.term(row, sum)),
-                Store::Add => out
-                    .iter_mut()
-                    .zip(sums)
-                    .for_each(|(out, &sum)| *out += self.part.term(row, sum)),
+        for (panel, out) in out.chunks_mut(LANES).enumerate() {
+            for sums in sums.of_panel(panel) {
+                match self.store {
+                    Store::Replace => out
+                        .iter_mut()
+                        .zip(sums)
+                        .for_each(|(out, &sum)| *out = self.part.term(row, sum)),
+                    Store::Add => out
+                        .iter_mut()
+                        .zip(sums)
+                        .for_each(|(out, &sum)| *out += self.part.term(row, sum)),
+                }
             }
         }
     }
@@ -305,7 +307,7 @@ impl Kernel for ExactStripe<'_> {
                         let bias = &bias[panel * LANES..width.min((panel + 1) * LANES)];
                         let mut values = [0.0; LANES];
                         values[..bias.len()].copy_from_slice(bias);
-                        sink.add(simd, None, row, panel, SegmentSums::one(&values));
+                        sink.add(simd, None, row, panel..panel + 1, SegmentSums::one(&values));
                     }
                 }
             }
@@ -329,8 +331,8 @@ struct ExactSink<'a> {
 
 impl Sink for ExactSink<'_> {
     #[inline(always)]
-    fn put<S: Simd>(&mut self, simd: S, row: usize, panel: usize, sums: SegmentSums<'_>) {
-        self.add(simd, Some(sums.first), row, panel, sums);
+    fn put<S: Simd>(&mut self, simd: S, row: usize, panels: Range<usize>, sums: SegmentSums<'_>) {
+        self.add(simd, Some(sums.first), row, panels, sums);
     }
 }
 
@@ -340,53 +342,70 @@ impl ExactSink<'_> {
     /// A term is `value * factor`; that times 2^40 is `value * (factor * 2^40)` to the bit, since a power of two moves
     /// no rounding (what it lifts out of the denormals is below 2^-41, which is 0 either way).
     #[inline(always)]
-    fn add<S: Simd>(&mut self, simd: S, segment: Option<usize>, row: usize, panel: usize, values: SegmentSums<'_>) {
+    fn add<S: Simd>(
+        &mut self,
+        simd: S,
+        segment: Option<usize>,
+        row: usize,
+        panels: Range<usize>,
+        values: SegmentSums<'_>,
+    ) {
         const SCALE: f32 = (1_u64 << COMBINE_FRACTION_BITS) as f32;
         let factor = self.part.factors.map_or(1.0, |factors| factors[row]);
         let (scaled_factor, scaled_limit) = (simd.splat(factor * SCALE), simd.splat(self.limit * SCALE));
-        let cols = panel * LANES..self.width.min((panel + 1) * LANES);
+        let cols = panels.start * LANES..self.width.min(panels.end * LANES);
         let start = self.part.out_row(row) * self.width;
         // SAFETY: a stripe's columns are written by one task, which does not keep this part.
         #[allow(unsafe_code)]
         let sums = unsafe { self.sums.part(start + cols.start..start + cols.end) };
-        let mut in_range = true;
-        let mut added = simd.zero_i64();
-        match sums.as_mut_array::<LANES>() {
-            Some(sums) => {
-                for values in values.iter() {
-                    let terms = simd.mul(simd.load(values), scaled_factor);
-                    in_range &= simd.all_below(terms, scaled_limit);
-                    added = simd.add_rounded(added, terms);
-                }
-                if in_range {
-                    simd.add_to(added, sums);
-                }
+        let (whole, rest) = sums.as_chunks_mut::<LANES>();
+        for (index, sums) in whole.iter_mut().enumerate() {
+            let mut largest = simd.splat(0.0);
+            let mut added = simd.zero_i64();
+            for values in values.of_panel(index) {
+                let terms = simd.mul(simd.load(values), scaled_factor);
+                largest = simd.larger_magnitude(largest, terms);
+                added = simd.add_rounded(added, terms);
             }
-            None => {
-                for values in values.iter() {
-                    // Lanes beyond the last column are products with the padding, and not looked at.
-                    let mut kept = [0.0; LANES];
-                    kept[..cols.len()].copy_from_slice(&values[..cols.len()]);
-                    let terms = simd.mul(simd.load(&kept), scaled_factor);
-                    in_range &= simd.all_below(terms, scaled_limit);
-                    added = simd.add_rounded(added, terms);
-                }
-                if in_range {
-                    let mut padded = [0; LANES];
-                    padded[..cols.len()].copy_from_slice(sums);
-                    simd.add_to(added, &mut padded);
-                    sums.copy_from_slice(&padded[..cols.len()]);
-                }
+            if simd.all_below(largest, scaled_limit) {
+                simd.add_to(added, sums);
+            } else {
+                let first = cols.start + index * LANES;
+                self.fail(segment, row, first..first + LANES, values.of_panel(index));
             }
         }
-        if !in_range {
-            self.fail(segment, row, cols, values);
+        if !rest.is_empty() {
+            let mut largest = simd.splat(0.0);
+            let mut added = simd.zero_i64();
+            for values in values.of_panel(whole.len()) {
+                // Lanes beyond the last column are products with the padding, and not looked at.
+                let mut kept = [0.0; LANES];
+                kept[..rest.len()].copy_from_slice(&values[..rest.len()]);
+                let terms = simd.mul(simd.load(&kept), scaled_factor);
+                largest = simd.larger_magnitude(largest, terms);
+                added = simd.add_rounded(added, terms);
+            }
+            if simd.all_below(largest, scaled_limit) {
+                let mut padded = [0; LANES];
+                padded[..rest.len()].copy_from_slice(rest);
+                simd.add_to(added, &mut padded);
+                rest.copy_from_slice(&padded[..rest.len()]);
+            } else {
+                let first = cols.end - rest.len();
+                self.fail(segment, row, first..cols.end, values.of_panel(whole.len()));
+            }
         }
     }
 
     #[cold]
-    fn fail(&mut self, first_segment: Option<usize>, row: usize, cols: Range<usize>, values: SegmentSums<'_>) {
-        for (index, values) in values.iter().enumerate() {
+    fn fail<'a>(
+        &mut self,
+        first_segment: Option<usize>,
+        row: usize,
+        cols: Range<usize>,
+        values: impl Iterator<Item = &'a [f32; LANES]>,
+    ) {
+        for (index, values) in values.enumerate() {
             for (col, &value) in cols.clone().zip(values) {
                 let term = self.part.term(row, value);
                 if term.is_nan() || term.abs() >= self.limit {

@@ -85,6 +85,8 @@ pub(crate) trait Simd: Copy {
     fn add_rounded(self, sums: Self::I64s, values: Self::F32s) -> Self::I64s;
     /// Adds `sums` to `out` with wrapping.
     fn add_to(self, sums: Self::I64s, out: &mut [i64; LANES]);
+    /// The larger of `a`, which is not negative, and the magnitude of `b`; a NaN if one of them is.
+    fn larger_magnitude(self, a: Self::F32s, b: Self::F32s) -> Self::F32s;
     /// Whether all `values` are below `limit` in magnitude; a NaN is not.
     fn all_below(self, values: Self::F32s, limit: Self::F32s) -> bool;
 
@@ -215,7 +217,7 @@ mod tests {
         }
     }
 
-    /// Whether all of the values are below 2.
+    /// Whether all of the values are below 2 in magnitude, asked of each and of the larger of each and 1.
     struct Below2([f32; LANES]);
 
     impl Kernel for Below2 {
@@ -223,7 +225,12 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> bool {
-            simd.all_below(simd.load(&self.0), simd.splat(2.0))
+            let values = simd.load(&self.0);
+            let larger = simd.larger_magnitude(simd.larger_magnitude(simd.splat(1.0), values), simd.splat(0.5));
+            let all_below = simd.all_below(values, simd.splat(2.0));
+            assert_eq!(simd.all_below(larger, simd.splat(2.0)), all_below);
+            assert!(!simd.all_below(larger, simd.splat(1.0)), "the larger one stays");
+            all_below
         }
     }
 

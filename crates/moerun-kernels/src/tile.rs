@@ -13,24 +13,24 @@ use crate::{
     simd::Simd,
 };
 
-/// Where products go: called once per row, panel and run of segments.
+/// Where products go: called once per row and run of segments.
 pub(crate) trait Sink {
-    /// Takes the sums of row `row` with the sixteen output rows of panel `panel`, over each of the segments.
-    fn put<S: Simd>(&mut self, simd: S, row: usize, panel: usize, sums: SegmentSums<'_>);
+    /// Takes the sums of row `row` with the output rows of `panels`, sixteen each, over each of the segments.
+    fn put<S: Simd>(&mut self, simd: S, row: usize, panels: Range<usize>, sums: SegmentSums<'_>);
 }
 
-/// Sums of one row and panel over consecutive segments, ascending.
+/// Sums of one row with some panels over consecutive segments, ascending.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SegmentSums<'a> {
     /// Index of the first segment.
     pub(crate) first: usize,
-    /// Those of segment `first + i` are `sums[i * stride]`.
+    /// Those of segment `first + i` and panel `p` are `sums[i * stride + p]`.
     sums: &'a [[f32; LANES]],
     stride: usize,
 }
 
 impl<'a> SegmentSums<'a> {
-    /// Of one segment.
+    /// Of one segment and one panel.
     pub(crate) fn one(sums: &'a [f32; LANES]) -> Self {
         Self {
             first: 0,
@@ -39,10 +39,10 @@ impl<'a> SegmentSums<'a> {
         }
     }
 
-    /// Segment by segment.
+    /// Segment by segment, those of panel `panel`, counted from the first.
     #[inline(always)]
-    pub(crate) fn iter(self) -> impl Iterator<Item = &'a [f32; LANES]> {
-        self.sums.iter().step_by(self.stride)
+    pub(crate) fn of_panel(self, panel: usize) -> impl Iterator<Item = &'a [f32; LANES]> {
+        self.sums[panel..].iter().step_by(self.stride)
     }
 }
 
@@ -96,14 +96,12 @@ impl Products<'_> {
                     self.sum(simd, panels.clone(), block, segments.clone(), next, sums);
                     let stride = block.rows * panels.len();
                     for t in 0..block.rows {
-                        for (p, panel) in panels.clone().enumerate() {
-                            let sums = SegmentSums {
-                                first: first_segment,
-                                sums: &sums[t * panels.len() + p..segments.len() * stride],
-                                stride,
-                            };
-                            sink.put(simd, block.first + t, panel, sums);
-                        }
+                        let sums = SegmentSums {
+                            first: first_segment,
+                            sums: &sums[t * panels.len()..segments.len() * stride],
+                            stride,
+                        };
+                        sink.put(simd, block.first + t, panels.clone(), sums);
                     }
                 }
             }

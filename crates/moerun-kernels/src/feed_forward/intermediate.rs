@@ -141,10 +141,10 @@ impl GateUp<'_> {
         let first_col = panels.start * LANES;
         let kept = cols.start.max(first_col)..cols.end.min(first_col + width);
         let first = kept.start - cols.start;
+        let in_row = |t: usize| t * width + kept.start - first_col..t * width + kept.end - first_col;
         for t in 0..block.rows {
-            let in_row = t * width + kept.start - first_col..t * width + kept.end - first_col;
-            let (gate, up) = (&mut gate[in_row.clone()], &mut up[in_row]);
             for (values, bias) in [(&mut *gate, &weights.gate_bias), (&mut *up, &weights.up_bias)] {
+                let values = &mut values[in_row(t)];
                 if let Some(bias) = bias {
                     values
                         .iter_mut()
@@ -156,29 +156,41 @@ impl GateUp<'_> {
                     values.iter_mut().for_each(|value| *value *= factor);
                 }
             }
-            activate(weights.activation, gate, up);
-            let format = weights.down_proj.format();
-            let first_word = words(format, first);
+        }
+        // All rows at once, whatever of them is kept: a long loop hides the latency of the exponentials.
+        let all = block.rows * width;
+        activate(weights.activation, &mut gate[..all], &up[..all]);
+        let format = weights.down_proj.format();
+        let first_word = words(format, first);
+        for t in 0..block.rows {
+            let values = &gate[in_row(t)];
             match format.activations() {
                 ActivationFormat::F32 => {
-                    let bits = gate.iter().map(|value| value.to_bits());
+                    let bits = values.iter().map(|value| value.to_bits());
                     self.out.put_words(block, t, first_word, bits);
                 }
                 ActivationFormat::Bf16 => {
-                    let pairs = gate.chunks(2).map(|pair| match *pair {
+                    let pairs = values.chunks(2).map(|pair| match *pair {
                         [even, odd] => bf16_pair(&[to_bf16(even), to_bf16(odd)]),
                         _ => bf16_pair(&[to_bf16(pair[0])]),
                     });
                     self.out.put_words(block, t, first_word, pairs);
                 }
                 ActivationFormat::Int8 => {
-                    for (index, values) in gate.chunks(QUANTIZED_BLOCK).enumerate() {
-                        let mut padded = [0.0; QUANTIZED_BLOCK];
-                        padded[..values.len()].copy_from_slice(values);
+                    let put = |index: usize, values: &[f32; QUANTIZED_BLOCK]| {
                         let mut codes = [0; QUANTIZED_BLOCK];
-                        let scale = quantize_activations(&padded, &mut codes);
+                        let scale = quantize_activations(values, &mut codes);
                         self.out
                             .put_block(block, t, first / QUANTIZED_BLOCK + index, &codes, scale);
+                    };
+                    let (whole, rest) = values.as_chunks();
+                    for (index, values) in whole.iter().enumerate() {
+                        put(index, values);
+                    }
+                    if !rest.is_empty() {
+                        let mut padded = [0.0; QUANTIZED_BLOCK];
+                        padded[..rest.len()].copy_from_slice(rest);
+                        put(whole.len(), &padded);
                     }
                 }
             }

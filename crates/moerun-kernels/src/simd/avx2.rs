@@ -165,6 +165,18 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn larger_magnitude(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        let larger = |half: usize| {
+            // SAFETY: `self` proves AVX2. Magnitudes compare like their bits, and a NaN's are above all others.
+            unsafe {
+                let b = _mm256_castps_si256(_mm256_andnot_ps(_mm256_set1_ps(-0.0), b[half]));
+                _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a[half]), b))
+            }
+        };
+        [larger(0), larger(1)]
+    }
+
+    #[inline(always)]
     fn all_below(self, values: [__m256; 2], limit: [__m256; 2]) -> bool {
         // SAFETY: `self` proves AVX.
         unsafe {

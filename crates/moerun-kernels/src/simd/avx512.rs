@@ -133,6 +133,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn larger_magnitude(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512F. Magnitudes compare like their bits, and a NaN's are above all others.
+        unsafe {
+            let b = _mm512_castps_si512(_mm512_abs_ps(b));
+            _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), b))
+        }
+    }
+
+    #[inline(always)]
     fn all_below(self, values: __m512, limit: __m512) -> bool {
         // SAFETY: `self` proves AVX-512F.
         unsafe { _mm512_cmp_ps_mask(_mm512_abs_ps(values), limit, _CMP_LT_OQ) == 0xffff }

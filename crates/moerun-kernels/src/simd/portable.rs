@@ -99,6 +99,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn larger_magnitude(self, a: [f32; LANES], b: [f32; LANES]) -> [f32; LANES] {
+        // Magnitudes compare like their bits, and a NaN's are above all others.
+        std::array::from_fn(|lane| f32::from_bits(a[lane].to_bits().max(b[lane].abs().to_bits())))
+    }
+
+    #[inline(always)]
     fn all_below(self, values: [f32; LANES], limit: [f32; LANES]) -> bool {
         let mut all = true;
         for (value, limit) in self.store(values).into_iter().zip(self.store(limit)) {
