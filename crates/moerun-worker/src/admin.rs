@@ -94,7 +94,7 @@ impl AdminService for AdminDoor {
             requests_executed: self.counts.executed.load(Relaxed),
             requests_failed: self.counts.failed.load(Relaxed),
             streams_opened: self.counts.streams_opened.load(Relaxed),
-            held_slices: loaded.map_or(0, |loaded| loaded.handshake.held.len() as u64),
+            held_slices: loaded.map_or(0, |loaded| loaded.holdings.now().identity.held.len() as u64),
         };
         Ok(Response::new(v1::GetStatsResponse {
             process: Some(v1::ProcessStats {
