@@ -7,6 +7,7 @@ mod clock;
 mod disk;
 mod gateway_faults;
 mod identity;
+mod live;
 mod lost_worker;
 mod memory;
 mod mutations;

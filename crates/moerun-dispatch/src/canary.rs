@@ -90,6 +90,9 @@ impl Canary {
     pub(crate) async fn watch(&self, core: &Core, member: &Member) -> std::convert::Infallible {
         loop {
             sleep(self.interval).await;
+            if member.is_drained() {
+                continue; // it gets no calls
+            }
             let held = member.announced().unwrap_or_default();
             member.next_canary();
             let Some(slice) = member.canary_slice(&held) else {
@@ -104,6 +107,26 @@ impl Canary {
                 member.cut(format!("it answered a known input on {slice} wrongly"));
             }
         }
+    }
+
+    /// Asks a connected worker for something that it has just come to hold, before anybody else does.
+    pub(crate) async fn check(&self, core: &Core, member: &Member, slice: ExpertSlice) -> Result<(), DispatchError> {
+        let Some(answer) = self.ask(member, slice).await else {
+            return Err(DispatchError::CannotHold {
+                worker: member.address().to_owned(),
+                message: format!("no answer to a known input on {slice}"),
+            });
+        };
+        core.totals.canaries.add(1);
+        if !self.is_wrong(core, member, slice, &answer).await {
+            return Ok(());
+        }
+        self.count(core, member, slice);
+        member.cut(format!("it answered a known input on {slice} wrongly"));
+        Err(DispatchError::WrongAnswer {
+            worker: member.address().to_owned(),
+            slice,
+        })
     }
 
     fn count(&self, core: &Core, member: &Member, slice: ExpertSlice) {

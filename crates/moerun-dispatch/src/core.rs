@@ -14,6 +14,7 @@ use crate::{
     admission::Admission,
     budget::Budget,
     health::SizeClass,
+    load_averages::LoadAverages,
     local_resort::LocalResort,
     run_plan::{Chooser, RunPlan},
     stats::{DispatchStats, Totals},
@@ -29,6 +30,8 @@ pub(crate) struct Core {
     pub(crate) retries: Mutex<Budget>,
     pub(crate) hedges: Mutex<Budget>,
     pub(crate) totals: Totals,
+    /// How often each expert is chosen.
+    pub(crate) loads: Mutex<LoadAverages>,
     /// How long one dispatch may take at most.
     pub(crate) dispatch_deadline: Duration,
     /// When no holder of an expert is left.
@@ -59,6 +62,7 @@ impl Core {
         let now = Instant::now();
         Self {
             numerics: admission.numerics(),
+            loads: Mutex::new(LoadAverages::new(admission.config(), now)),
             admission,
             plan: ArcSwap::from_pointee(plan),
             retries: Mutex::new(Budget::for_retries(now)),

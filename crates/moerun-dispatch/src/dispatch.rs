@@ -117,6 +117,7 @@ impl Dispatch {
             arrivals,
         };
         core.totals.dispatches.add(1);
+        core.loads.lock().record(dispatch.begun, layer, &dispatch.routing);
         dispatch.place(dispatch.wanted(), &[], 1, None)?;
         core.retries.lock().earn(dispatch.calls.len());
         core.hedges.lock().earn(dispatch.calls.len());

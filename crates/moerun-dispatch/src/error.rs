@@ -220,7 +220,7 @@ pub enum DispatchError {
         block: u16,
         /// Wanted, in hex.
         wanted: String,
-        /// The worker's, in hex, or `nothing` where it does not hold the block any more.
+        /// The worker's, in hex.
         found: String,
     },
     /// A worker gave another answer to a known input than it should.
@@ -239,6 +239,62 @@ pub enum DispatchError {
     OwnCheckpoint {
         /// Why.
         reason: String,
+    },
+    /// A worker that was named is none of this gateway's.
+    #[error("no worker {worker:?}: this gateway has {known}")]
+    UnknownWorker {
+        /// As named.
+        worker: String,
+        /// The addresses that it has.
+        known: String,
+    },
+    /// Nobody would be left to ask.
+    #[error("worker {worker} cannot be drained: no other worker is connected that is not drained")]
+    LastWorker {
+        /// Its address.
+        worker: String,
+    },
+    /// What a worker alone holds does not fit into the others.
+    #[error(
+        "worker {worker} cannot be drained: it alone holds {slices} expert slices of {needed_bytes} bytes, and {unplaced} \
+         of them find no room with the others: {room}"
+    )]
+    NoRoomElsewhere {
+        /// Its address.
+        worker: String,
+        /// Slices that nobody else holds.
+        slices: usize,
+        /// Bytes that they take.
+        needed_bytes: u64,
+        /// Those that find no room.
+        unplaced: usize,
+        /// What room each of the others has.
+        room: String,
+    },
+    /// A worker has no room for experts that it was to hold.
+    #[error("worker {worker} has no room: {message}")]
+    NoRoom {
+        /// Its address.
+        worker: String,
+        /// Its words, with the arithmetic.
+        message: String,
+    },
+    /// A worker could not change what it holds.
+    #[error("worker {worker} cannot change what it holds: {message}")]
+    CannotHold {
+        /// Its address.
+        worker: String,
+        /// Its words, or what became of the call.
+        message: String,
+    },
+    /// There is no plan for what is wanted.
+    #[error("{0}")]
+    Unplanned(Arc<moerun_routing::planner::PlannerError>),
+    /// Nobody has announced an expert that is to be moved, so its content is not known.
+    #[error("{slice} cannot be moved: no worker has announced its content")]
+    UnknownContent {
+        /// What was to be moved.
+        slice: ExpertSlice,
     },
     /// A thread or runtime could not be started.
     #[error("start the data plane: {reason}")]

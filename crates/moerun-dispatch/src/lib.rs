@@ -26,7 +26,10 @@ mod budget;
 mod health;
 mod stats;
 
+mod held_watch;
 mod link;
+mod live;
+mod load_averages;
 
 mod connector;
 mod session;
@@ -40,6 +43,10 @@ pub use backend::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
 pub use connector::Connector;
 pub use error::DispatchError;
 pub use expert_loss::OnExpertLoss;
+pub use live::{
+    DrainReport, Follow, PlacementPolicy, PlacementStatus, Promise, RebalanceReport, WorkerMoves, WorkerPlacement,
+    cost_model, expert_size,
+};
 pub use local::LocalExperts;
 pub use local_shards::local_shards;
 pub use local_workers::{LocalWorkers, LocalWorkersConfig, LocalWorkersError};

@@ -8,14 +8,15 @@ use std::{
     time::Duration,
 };
 
-use moerun_proto::{HeldExpert, v1};
+use moerun_proto::{HeldExpert, HeldNow, v1};
+use moerun_routing::subtract_slices;
 use moerun_types::ExpertSlice;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, mpsc},
     time::{Instant, sleep},
 };
-use tonic::Streaming;
+use tonic::{Streaming, transport::Channel};
 
 use crate::{
     health::{Health, SizeClass, Standing},
@@ -28,6 +29,16 @@ use crate::{
 const FIRST_PROBE_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PROBE_PAUSE: Duration = Duration::from_secs(1);
 
+/// The way to change what a worker holds, and what it says of that; empty while there is no connection.
+#[derive(Debug, Default)]
+struct Control {
+    channel: Option<Channel>,
+    told: Option<HeldNow>,
+    changing: bool,
+    build: String,
+    protocol_version: u32,
+}
+
 /// A worker, for as long as it is a member.
 #[derive(Debug)]
 pub(crate) struct Member {
@@ -37,8 +48,14 @@ pub(crate) struct Member {
     health: Mutex<Health>,
     /// What happened so far.
     pub(crate) counters: WorkerCounters,
-    /// What it announced when it was first admitted.
+    /// What it announced last.
     announced: Mutex<Option<Arc<[HeldExpert]>>>,
+    /// What it is not asked for any more, though it holds it still.
+    retiring: Mutex<Vec<ExpertSlice>>,
+    /// Whether it gets no calls though it is a member: the operator said so.
+    drained: AtomicBool,
+    /// The way to change what it holds, while it is connected.
+    control: Mutex<Control>,
     became_suspect: Notify,
     /// Counts the slices that known inputs were sent to.
     canary_turn: AtomicUsize,
@@ -57,6 +74,9 @@ impl Member {
             health: Mutex::new(Health::new(Instant::now())),
             counters: WorkerCounters::default(),
             announced: Mutex::new(None),
+            retiring: Mutex::default(),
+            drained: AtomicBool::new(false),
+            control: Mutex::default(),
             became_suspect: Notify::new(),
             canary_turn: AtomicUsize::new(0),
             loading: AtomicBool::new(false),
@@ -70,12 +90,12 @@ impl Member {
         &self.address
     }
 
-    /// What it announced when it was first admitted; `None` before.
+    /// What it announced last; `None` before it was admitted.
     pub(crate) fn announced(&self) -> Option<Arc<[HeldExpert]>> {
         self.announced.lock().clone()
     }
 
-    /// It was admitted, holding this.
+    /// It says that it holds this.
     pub(crate) fn announce(&self, held: Vec<HeldExpert>) {
         *self.announced.lock() = Some(held.into());
     }
@@ -109,6 +129,71 @@ impl Member {
     pub(crate) fn held(&self) -> Vec<ExpertSlice> {
         let announced = self.announced();
         announced.map_or_else(Vec::new, |held| held.iter().map(|held| held.slice).collect())
+    }
+
+    /// What it may be asked for: what it holds, but for what it is about to let go; nothing while it is drained.
+    pub(crate) fn usable(&self) -> Vec<ExpertSlice> {
+        if self.is_drained() {
+            return Vec::new();
+        }
+        let (held, retiring) = (self.held(), self.retiring.lock());
+        if retiring.is_empty() {
+            return held;
+        }
+        subtract_slices(&held, &retiring)
+    }
+
+    /// From the next plan on it is not asked for `slices`.
+    pub(crate) fn retire(&self, slices: &[ExpertSlice]) {
+        self.retiring.lock().extend_from_slice(slices);
+    }
+
+    /// From the next plan on it is asked for all that it holds. Whether there was anything that it was not asked for.
+    pub(crate) fn retire_nothing(&self) -> bool {
+        !std::mem::take(&mut *self.retiring.lock()).is_empty()
+    }
+
+    /// Whether it gets no calls though it is a member.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.drained.load(Relaxed)
+    }
+
+    /// From the next plan on it gets no calls, or again.
+    pub(crate) fn set_drained(&self, drained: bool) {
+        self.drained.store(drained, Relaxed);
+    }
+
+    /// The channel over which what it holds is changed, if it is connected.
+    pub(crate) fn channel(&self) -> Option<Channel> {
+        self.control.lock().channel.clone()
+    }
+
+    /// Version of its binary and its protocol; empty and 0 while there is no connection.
+    pub(crate) fn version(&self) -> (String, u32) {
+        let control = self.control.lock();
+        (control.build.clone(), control.protocol_version)
+    }
+
+    /// What it said last of what it holds, and of its memory.
+    pub(crate) fn told(&self) -> Option<HeldNow> {
+        self.control.lock().told.clone()
+    }
+
+    /// It says this; what is older than what it said before is left out.
+    pub(crate) fn tells(&self, told: HeldNow) {
+        let mut control = self.control.lock();
+        if control.told.as_ref().is_none_or(|before| before.epoch <= told.epoch) {
+            control.told = Some(told);
+        }
+    }
+
+    /// Whether this gateway is changing what it holds: what it says meanwhile is taken when that is done.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.control.lock().changing
+    }
+
+    pub(crate) fn set_changing(&self, changing: bool) {
+        self.control.lock().changing = changing;
     }
 
     /// Whether it is to be asked; `None` if there is no connection.
@@ -221,9 +306,16 @@ impl Member {
             requests,
             replies,
             identity,
+            channel,
         } = session;
         self.health.lock().reconnected(Instant::now());
         *self.cut.lock() = None;
+        *self.control.lock() = Control {
+            channel: Some(channel),
+            build: identity.build,
+            protocol_version: identity.protocol_version,
+            ..Control::default()
+        };
         self.link.up(requests, identity.protocol_version);
         Connected {
             member: Arc::clone(self),
@@ -347,6 +439,7 @@ impl Connected {
 impl Drop for Connected {
     fn drop(&mut self) {
         let now = Instant::now();
+        *self.member.control.lock() = Control::default();
         for waiter in self.member.link.down(&self.reason) {
             waiter.arrive(now, None, Err(self.reason.clone()));
         }

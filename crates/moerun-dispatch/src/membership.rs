@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
     time::Duration,
@@ -13,7 +13,7 @@ use moerun_transport::ClientProtection;
 use parking_lot::Mutex;
 use tokio::{
     runtime::Handle,
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{Instant, sleep, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -24,6 +24,7 @@ use crate::{
     canary::Canary,
     connector::Connector,
     core::Core,
+    held_watch,
     member::Member,
     run_plan::RunPlan,
     session::{Endpoint, Session, SessionError, endpoint, open},
@@ -38,7 +39,7 @@ const START_PAUSE: Duration = Duration::from_millis(100);
 const SPARE_GRACE: Duration = Duration::from_secs(2);
 /// … and so long for workers whose experts this process could compute.
 const LOCAL_GRACE: Duration = Duration::from_secs(10);
-/// How often a worker that is leaving is looked at.
+/// How often a worker that is leaving, or a plan that was replaced, is looked at.
 const LEAVING_LOOK: Duration = Duration::from_millis(10);
 
 /// The workers of a gateway. Dropping it ends all connections, and so tells whoever still waits on one.
@@ -50,14 +51,19 @@ pub(crate) struct Membership {
     _end_with_this: DropGuard,
 }
 
+/// What the tasks of a membership share.
 #[derive(Debug)]
-struct Shared {
-    core: Arc<Core>,
+pub(crate) struct Shared {
+    pub(crate) core: Arc<Core>,
     connector: Connector,
-    canary: Canary,
+    pub(crate) canary: Canary,
     roster: Mutex<Roster>,
     /// Whether the first plan has been made; from then on newcomers change it themselves.
     started: AtomicBool,
+    /// Plans that were replaced and may still have dispatches under way.
+    older: Mutex<Vec<Weak<RunPlan>>>,
+    /// Told when somebody comes, goes or holds something else.
+    pub(crate) changed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -122,6 +128,8 @@ impl Membership {
             canary,
             roster: Mutex::default(),
             started: AtomicBool::new(false),
+            older: Mutex::default(),
+            changed: Notify::new(),
         });
         let membership = Self {
             shared,
@@ -187,6 +195,17 @@ impl Membership {
         self.shared.members()
     }
 
+    /// What its tasks share.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Runs a task of the membership until that ends.
+    pub(crate) fn run(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let running = self.end.clone().run_until_cancelled_owned(task);
+        self.runtime.spawn(running);
+    }
+
     fn keeper(&self, worker: String) -> Keeper {
         Keeper {
             member: Arc::new(Member::new(worker)),
@@ -202,7 +221,8 @@ impl Membership {
 }
 
 impl Shared {
-    fn members(&self) -> Vec<Arc<Member>> {
+    /// The members, in the order given.
+    pub(crate) fn members(&self) -> Vec<Arc<Member>> {
         let roster = self.roster.lock();
         roster.keepers.iter().map(|keeper| Arc::clone(&keeper.member)).collect()
     }
@@ -284,7 +304,7 @@ impl Shared {
     }
 
     /// Puts a plan over what the members have announced in place of the present one. Dispatches under way keep theirs.
-    fn replan(&self) -> Result<u64, DispatchError> {
+    pub(crate) fn replan(&self) -> Result<u64, DispatchError> {
         // Two at once must not put the older one last.
         let roster = self.roster.lock();
         let members = roster.keepers.iter().map(|keeper| Arc::clone(&keeper.member)).collect();
@@ -292,8 +312,27 @@ impl Shared {
         let epoch = self.core.plan.load().epoch + 1;
         let plan = RunPlan::new(epoch, admission.config(), admission.limits().num_blocks, members)
             .map_err(|error| DispatchError::Placement(Arc::new(error)))?;
-        self.core.plan.store(Arc::new(plan));
+        let before = self.core.plan.swap(Arc::new(plan));
+        let mut older = self.older.lock();
+        older.retain(|plan| plan.strong_count() > 0);
+        older.push(Arc::downgrade(&before));
         Ok(epoch)
+    }
+
+    /// Waits until no dispatch is under way that began on a plan before the present one.
+    pub(crate) async fn older_plans_ended(&self) {
+        // No dispatch lasts longer.
+        let until = Instant::now() + self.core.dispatch_deadline;
+        loop {
+            {
+                let mut older = self.older.lock();
+                older.retain(|plan| plan.strong_count() > 0);
+                if older.is_empty() || Instant::now() > until {
+                    return;
+                }
+            }
+            sleep(LEAVING_LOOK).await;
+        }
     }
 
     /// Dials a worker, admits it, runs its connection, and dials again, for as long as it is a member.
@@ -311,12 +350,15 @@ impl Shared {
                 Ok(session) => {
                     let connected = member.connect(session);
                     tracing::info!(worker = member.address(), "worker is connected");
+                    self.changed.notify_one();
                     let _ = news.send(News::Admitted).await; // fails once the start is over
                     let reason = tokio::select! {
                         reason = connected.run() => reason,
                         never = self.canary.watch(&self.core, &member) => match never {},
+                        never = held_watch::follow(&self, &member) => match never {},
                     };
                     tracing::warn!(worker = member.address(), "worker is gone: {reason}");
+                    self.changed.notify_one();
                     pause = FIRST_PAUSE;
                 }
                 Err(SessionError::NotYet(reason) | SessionError::Loading(reason)) => {
@@ -353,32 +395,40 @@ impl Shared {
         Ok(session)
     }
 
-    /// Takes a worker that was admitted: the first time if it agrees with the others, later if it has not changed.
-    fn take(&self, member: &Arc<Member>, held: &[HeldExpert]) -> Result<(), DispatchError> {
-        let is_new = {
+    /// Takes what a worker says it holds: no block may be another than it held before, or than others hold. A plan that
+    /// has more or less of it takes the place of the present one.
+    pub(crate) fn take(&self, member: &Arc<Member>, held: &[HeldExpert]) -> Result<(), DispatchError> {
+        {
             let roster = self.roster.lock();
-            match member.announced() {
-                Some(before) => {
-                    check_unchanged(member.address(), &before, held)?;
-                    false
-                }
-                None => {
-                    if self.started.load(SeqCst) {
-                        let mut announced: Vec<(&str, Arc<[HeldExpert]>)> = roster
-                            .keepers
-                            .iter()
-                            .filter_map(|keeper| Some((keeper.member.address(), keeper.member.announced()?)))
-                            .collect();
-                        announced.push((member.address(), held.into()));
-                        check_agreement(announced.iter().map(|(worker, held)| (*worker, &held[..])))?;
-                    }
-                    member.announce(held.to_vec());
-                    true
-                }
+            let before = member.announced();
+            if before.as_deref() == Some(held) {
+                return Ok(());
             }
-        };
-        if is_new && self.started.load(SeqCst) {
+            if let Some(before) = &before {
+                check_unchanged(member.address(), before, held)?;
+            }
+            if self.started.load(SeqCst) {
+                let others = roster.keepers.iter().map(|keeper| &keeper.member);
+                let others = others.filter(|other| !Arc::ptr_eq(other, member));
+                let mut announced: Vec<(&str, Arc<[HeldExpert]>)> = others
+                    .filter_map(|other| Some((other.address(), other.announced()?)))
+                    .collect();
+                announced.push((member.address(), held.into()));
+                check_agreement(announced.iter().map(|(worker, held)| (*worker, &held[..])))?;
+            }
+            if let Some(before) = before {
+                tracing::info!(
+                    worker = member.address(),
+                    before = before.len(),
+                    now = held.len(),
+                    "worker holds something else"
+                );
+            }
+            member.announce(held.to_vec());
+        }
+        if self.started.load(SeqCst) {
             self.replan()?;
+            self.changed.notify_one();
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ use crate::{
     core::Core,
     dispatch::{Dispatch, Progress},
     link::{Arrival, Waiter},
+    live::{DrainReport, Follow, Live, PlacementPolicy, PlacementStatus, RebalanceReport},
     local_resort::LocalResort,
     membership::{Membership, endpoints},
     run_plan::RunPlan,
@@ -55,6 +56,8 @@ pub struct RemoteConfig {
     pub seed: u64,
     /// Opens transports.
     pub connector: Connector,
+    /// Who says who holds what.
+    pub placement: PlacementPolicy,
 }
 
 /// With what this process computes experts that no worker can.
@@ -80,6 +83,7 @@ impl RemoteConfig {
             canary_interval: Duration::from_secs(60),
             seed: 0,
             connector: Connector::sockets(),
+            placement: PlacementPolicy::default(),
         }
     }
 }
@@ -103,6 +107,7 @@ pub struct WorkerStatus {
 pub struct RemoteExperts {
     core: Arc<Core>,
     membership: Membership,
+    live: Arc<Live>,
     protection: ClientProtection,
     patience: Duration,
     data_plane: Arc<DataPlane>,
@@ -124,6 +129,9 @@ impl RemoteExperts {
         let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| start_error(&error))?;
         let admission = Arc::new(Admission::new(Arc::clone(&checkpoint), numerics));
         let num_blocks = admission.limits().num_blocks;
+        if let Follow::Plan(file) = &config.placement.follow {
+            admission.resolve(file)?; // one for something else is refused before anybody is dialled
+        }
         let canary = Canary::new(Arc::clone(&checkpoint), numerics, num_blocks, config.canary_interval);
         let local = config.local.map(|LocalConfig { pool, max_bytes }| {
             Arc::new(LocalResort::new(checkpoint, numerics, num_blocks, pool, max_bytes))
@@ -148,9 +156,17 @@ impl RemoteExperts {
         );
         // Spawned, not blocked on here: its timers and sockets belong to the data plane's thread.
         let started = data_plane.handle().block_on(data_plane.handle().spawn(starting));
+        let membership = started.map_err(|error| start_error(&error))??;
+        let follows = !matches!(config.placement.follow, Follow::AsHeld);
+        let live = Arc::new(Live::new(Arc::clone(membership.shared()), config.placement));
+        if follows {
+            let keeping = Arc::clone(&live).keep();
+            membership.run(async move { match keeping.await {} });
+        }
         Ok(Self {
             core,
-            membership: started.map_err(|error| start_error(&error))??,
+            membership,
+            live,
             protection: config.protection,
             patience: config.patience,
             data_plane: Arc::new(data_plane),
@@ -177,6 +193,41 @@ impl RemoteExperts {
     /// not in the list any more get no new work, and are let go when they have answered. Returns the epoch of the new plan.
     pub fn set_workers(&self, workers: &[String]) -> Result<u64, DispatchError> {
         self.membership.replace(endpoints(workers, &self.protection)?)
+    }
+
+    /// How the placement is, and each worker with what it holds.
+    pub fn placement(&self) -> PlacementStatus {
+        self.live.status()
+    }
+
+    /// Moves off the worker with that address what it alone holds, while dispatches go on, and gives it no more calls; it
+    /// stays a member. Returns when it owes no answer any more. Goes on to its end though nobody waits for it, like each
+    /// of these changes; they are made one at a time.
+    pub async fn drain_worker(&self, worker: &str) -> Result<DrainReport, DispatchError> {
+        let (live, worker) = (Arc::clone(&self.live), worker.to_owned());
+        self.change(async move { live.drain(&worker).await }).await
+    }
+
+    /// Gives a drained worker calls again. Returns the epoch of the new plan.
+    pub async fn resume_worker(&self, worker: &str) -> Result<u64, DispatchError> {
+        let (live, worker) = (Arc::clone(&self.live), worker.to_owned());
+        self.change(async move { live.resume(&worker).await }).await
+    }
+
+    /// Plans over the loads of late, or takes the plan that is followed, and moves experts accordingly while dispatches go
+    /// on; with `dry_run` only says what would move.
+    pub async fn rebalance(&self, dry_run: bool) -> Result<RebalanceReport, DispatchError> {
+        let live = Arc::clone(&self.live);
+        self.change(async move { live.rebalance(dry_run).await }).await
+    }
+
+    /// On the data plane's runtime, to which connections and timers belong.
+    async fn change<T: Send + 'static>(
+        &self,
+        change: impl Future<Output = Result<T, DispatchError>> + Send + 'static,
+    ) -> Result<T, DispatchError> {
+        let changed = self.data_plane.handle().spawn(change).await;
+        changed.map_err(|error| start_error(&error))?
     }
 
     /// Sends `bytes` to a worker, by its place in the order given, over the stream that experts are asked on, and returns

@@ -28,14 +28,14 @@ pub(crate) struct RunPlan {
 }
 
 impl RunPlan {
-    /// Over what each of `members` has announced so far.
+    /// Over what each of `members` may be asked for so far.
     pub(crate) fn new(
         epoch: u64,
         config: &ModelConfig,
         num_blocks: usize,
         members: Vec<Arc<Member>>,
     ) -> Result<Self, PlanError> {
-        let held: Vec<Vec<ExpertSlice>> = members.iter().map(|member| member.held()).collect();
+        let held: Vec<Vec<ExpertSlice>> = members.iter().map(|member| member.usable()).collect();
         Ok(Self {
             epoch,
             placement: Placement::new(config, num_blocks, &held)?,

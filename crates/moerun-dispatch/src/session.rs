@@ -34,6 +34,8 @@ pub(crate) struct Session {
     pub(crate) requests: mpsc::Sender<v1::ExecuteRequest>,
     /// Gives answers.
     pub(crate) replies: Streaming<v1::ExecuteResponse>,
+    /// What it all runs over.
+    pub(crate) channel: transport::Channel,
 }
 
 /// Why there is no session.
@@ -130,7 +132,7 @@ async fn open_over(
         let identity = admit(worker, response, admission).await?;
 
         let (requests, receiver) = mpsc::channel(SEND_QUEUE);
-        let mut data = ExpertServiceClient::new(channel)
+        let mut data = ExpertServiceClient::new(channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let replies = data
@@ -141,6 +143,7 @@ async fn open_over(
             identity,
             requests,
             replies: replies.into_inner(),
+            channel,
         })
     };
     timeout(HANDSHAKE_TIMEOUT, opening).await.unwrap_or_else(|_| {

@@ -281,6 +281,11 @@ impl Gateway {
             .unwrap_or_default()
     }
 
+    /// The workers, where the experts are in some.
+    pub fn remote_experts(&self) -> Option<&Arc<RemoteExperts>> {
+        self.workers.as_ref()
+    }
+
     /// Whether new requests are refused.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)

@@ -5,6 +5,7 @@ mod convert;
 mod inference;
 mod key_check;
 mod moe_layer;
+mod placement;
 #[cfg(feature = "planted-violations")]
 mod planted;
 mod serve;

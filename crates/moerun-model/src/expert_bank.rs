@@ -1,12 +1,13 @@
 //! Experts held by this process, in the gateway (local) or in a worker, and how they run on a batch.
 
+mod change;
 mod error;
 mod execute;
 mod load;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use moerun_kernels::FeedForward;
 use moerun_routing::{merge_slices, term_limit, terms_per_element};
@@ -24,7 +25,7 @@ pub struct ExpertBank {
     /// Sorted and disjoint; several runs of one expert stand together.
     held: Vec<ExpertSlice>,
     /// The weights of each entry of `held`.
-    weights: Vec<FeedForward>,
+    weights: Vec<Arc<FeedForward>>,
     /// Where in `held` the runs of expert `e` of layer `l` are: at `l * num_experts + e`.
     expert_runs: Vec<Range<usize>>,
     /// Bound on the magnitude of a term of the exact combine.
@@ -50,13 +51,16 @@ impl ExpertBank {
             check_in_model(&config, numerics, slice)?;
         }
         let weights = match &config.moe {
-            Some(moe) => load::load_all(checkpoint, moe, &held, numerics, progress)?,
+            Some(moe) => load::load_all(checkpoint, moe, &held, numerics, progress)?
+                .into_iter()
+                .map(Arc::new)
+                .collect(),
             None => Vec::new(),
         };
         Ok(Self {
             expert_runs: expert_runs(&config, &held),
             term_limit: term_limit(config.moe.as_ref().map_or(0, |moe| terms_per_element(moe, &numerics))),
-            memory_bytes: weights.iter().map(load::packed_bytes).sum(),
+            memory_bytes: weights.iter().map(|weights| load::packed_bytes(weights)).sum(),
             config,
             numerics,
             held,

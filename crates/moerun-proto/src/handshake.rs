@@ -42,17 +42,6 @@ pub struct WorkerIdentity {
 
 /// The worker's side.
 pub fn encode_handshake(identity: &WorkerIdentity) -> v1::HandshakeResponse {
-    let held = identity
-        .held
-        .iter()
-        .map(|held| v1::HeldSlice {
-            layer: held.slice.layer.0,
-            expert: held.slice.expert.0.into(),
-            first_block: held.slice.blocks.first.into(),
-            end_block: held.slice.blocks.end.into(),
-            block_hashes: held.block_hashes.concat().into(),
-        })
-        .collect();
     v1::HandshakeResponse {
         protocol_version: identity.protocol_version,
         build: identity.build.clone(),
@@ -61,7 +50,7 @@ pub fn encode_handshake(identity: &WorkerIdentity) -> v1::HandshakeResponse {
         dense_header_hash: identity.dense_header_hash.clone().unwrap_or_default(),
         router_hash: identity.router_hash.clone().unwrap_or_default(),
         numerics_id: identity.numerics_id.clone(),
-        held,
+        held: identity.held.iter().map(HeldExpert::encode).collect(),
     }
 }
 
@@ -99,7 +88,8 @@ pub fn decode_handshake(
     })
 }
 
-fn decode_held(held: &[v1::HeldSlice], limits: &ModelLimits) -> Result<Vec<HeldExpert>, WireError> {
+/// Slices in order, each within the model.
+pub(crate) fn decode_held(held: &[v1::HeldSlice], limits: &ModelLimits) -> Result<Vec<HeldExpert>, WireError> {
     let decoded = held
         .iter()
         .map(|held| HeldExpert::decode(held, limits))
@@ -121,43 +111,54 @@ fn decode_held(held: &[v1::HeldSlice], limits: &ModelLimits) -> Result<Vec<HeldE
 }
 
 impl HeldExpert {
+    /// As a message.
+    pub fn encode(&self) -> v1::HeldSlice {
+        v1::HeldSlice {
+            layer: self.slice.layer.0,
+            expert: self.slice.expert.0.into(),
+            first_block: self.slice.blocks.first.into(),
+            end_block: self.slice.blocks.end.into(),
+            block_hashes: self.block_hashes.concat().into(),
+        }
+    }
+
     /// Checks one slice against the model.
     pub fn decode(held: &v1::HeldSlice, limits: &ModelLimits) -> Result<Self, WireError> {
-        let layer = LayerId(held.layer);
-        if !limits.is_moe_layer(layer) {
-            return Err(WireError::new("held.layer", "a layer with experts", layer));
-        }
-        let expert = u16::try_from(held.expert)
-            .ok()
-            .filter(|&expert| usize::from(expert) < limits.num_experts);
-        let expert = expert
-            .ok_or_else(|| WireError::new("held.expert", format!("below {}", limits.num_experts), held.expert))?;
-        let (first, end) = (u16::try_from(held.first_block), u16::try_from(held.end_block));
-        let blocks = match (first, end) {
-            (Ok(first), Ok(end)) if first < end && usize::from(end) <= limits.num_blocks => BlockRange { first, end },
-            _ => {
-                let wanted = format!("a run of blocks within 0..{}", limits.num_blocks);
-                return Err(WireError::new(
-                    "held.end_block",
-                    wanted,
-                    format!("{}..{}", held.first_block, held.end_block),
-                ));
-            }
-        };
+        let slice = decode_slice(held.layer, held.expert, (held.first_block, held.end_block), limits)?;
         check_len(
             "held.block_hashes",
             &held.block_hashes,
-            blocks.len() * size_of::<BlockHash>(),
+            slice.blocks.len() * size_of::<BlockHash>(),
         )?;
         let block_hashes = held.block_hashes.as_chunks().0.to_vec();
-        Ok(Self {
-            slice: ExpertSlice {
-                layer,
-                expert: ExpertId(expert),
-                blocks,
-            },
-            block_hashes,
-        })
+        Ok(Self { slice, block_hashes })
+    }
+}
+
+/// The run of blocks `first..end` of an expert, if the model has it.
+pub(crate) fn decode_slice(
+    layer: u32,
+    expert: u32,
+    (first, end): (u32, u32),
+    limits: &ModelLimits,
+) -> Result<ExpertSlice, WireError> {
+    let layer = LayerId(layer);
+    if !limits.is_moe_layer(layer) {
+        return Err(WireError::new("held.layer", "a layer with experts", layer));
+    }
+    let known = u16::try_from(expert).ok();
+    let known = known.filter(|&expert| usize::from(expert) < limits.num_experts);
+    let expert = known.ok_or_else(|| WireError::new("held.expert", format!("below {}", limits.num_experts), expert))?;
+    match (u16::try_from(first), u16::try_from(end)) {
+        (Ok(first), Ok(end)) if first < end && usize::from(end) <= limits.num_blocks => Ok(ExpertSlice {
+            layer,
+            expert: ExpertId(expert),
+            blocks: BlockRange { first, end },
+        }),
+        _ => {
+            let wanted = format!("a run of blocks within 0..{}", limits.num_blocks);
+            Err(WireError::new("held.end_block", wanted, format!("{first}..{end}")))
+        }
     }
 }
 

@@ -10,6 +10,7 @@ mod error;
 mod handshake;
 mod limits;
 mod packed;
+mod placement;
 mod request;
 mod response;
 
@@ -27,6 +28,7 @@ pub use limits::{
     CONNECTION_WINDOW_BYTES, MAX_EXECUTE_BYTES, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
     MAX_ROWS_PER_MESSAGE, ModelLimits, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, speaks_checksums, speaks_same_major,
 };
+pub use placement::{HeldNow, decode_expert, decode_load, decode_unload, encode_load, encode_unload};
 pub use request::{ExecuteWork, decode_request, encode_request, request_cost_bytes};
 pub use response::{ExecuteFailure, ExecuteReply, decode_response, encode_echo, encode_failure, encode_response};
 

@@ -22,4 +22,4 @@ pub use gate::{GateError, GateMemory, Routing, select_experts, select_experts_in
 pub use placement::{Placement, PlanError};
 pub use plan::{Assignment, Candidates, LayerPlan, WorkerBatch, whole_assignments};
 pub use shard::{ShardError, ShardItem, ShardSpec};
-pub use slices::merge_slices;
+pub use slices::{merge_slices, subtract_slices};

@@ -129,6 +129,18 @@ impl Placement {
         }
     }
 
+    /// Holders to which `may_run` says yes, of the block that has fewest of them; the number of workers if the model has no
+    /// experts.
+    pub fn fewest_holders(&self, may_run: impl Fn(usize) -> bool) -> usize {
+        let count = |run: &Run| {
+            self.holders(run)
+                .iter()
+                .filter(|&&worker| may_run(worker as usize))
+                .count()
+        };
+        self.runs.iter().map(count).min().unwrap_or(self.num_workers)
+    }
+
     /// Workers that hold all of `slice`, ascending. None if the model has no such slice.
     pub fn holders_of(&self, slice: ExpertSlice) -> Vec<usize> {
         let has_layer = matches!(self.moe_index.get(slice.layer.0 as usize), Some(Some(_)));

@@ -84,6 +84,11 @@ impl ShardSpec {
         Ok(ShardSpec::Union((0..replicas).map(following).collect()))
     }
 
+    /// Whether it is the list that names nothing, whatever the model has.
+    pub fn names_nothing(&self) -> bool {
+        matches!(self, ShardSpec::List(items) if items.is_empty())
+    }
+
     /// The slices of `config` that this names, sorted, runs of blocks merged; empty slices are left out. A model
     /// without experts has none, and a shard beyond the number of experts or blocks is empty.
     ///
@@ -226,6 +231,7 @@ impl fmt::Display for ShardSpec {
             ShardSpec::All => f.write_str("*:*"),
             ShardSpec::Experts { index, count } => write!(f, "{index}/{count}"),
             ShardSpec::Slices { index, count } => write!(f, "slice:{index}/{count}"),
+            ShardSpec::List(items) if items.is_empty() => f.write_str(parse::NOTHING),
             ShardSpec::List(items) => join(f, items),
             ShardSpec::Union(specs) => join(f, specs),
         }

@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::BlockRange;
+
 /// Fraction bits of the fixed-point numbers in which expert terms are summed: a term is multiplied by 2^40.
 pub const COMBINE_FRACTION_BITS: u32 = 40;
 
@@ -214,6 +216,12 @@ impl Numerics {
     /// was there before (a new format has a name of its own).
     pub fn id(&self) -> String {
         format!("fma1-{}-{}-{}", self.format, self.combine, self.combine_block)
+    }
+
+    /// Elements of an intermediate dimension that `blocks` cover; the last block may be short.
+    pub fn columns(&self, blocks: BlockRange, intermediate: usize) -> std::ops::Range<usize> {
+        let element = |block: u16| usize::from(block).saturating_mul(self.combine_block).min(intermediate);
+        element(blocks.first)..element(blocks.end)
     }
 
     /// Number of combine blocks of an intermediate dimension; the last may be short.

@@ -26,6 +26,16 @@ pub enum BlockType {
 pub(crate) const MAX_BLOCK: usize = 256;
 
 impl BlockType {
+    /// All of them.
+    pub const ALL: [BlockType; 6] = [
+        BlockType::Q8_0,
+        BlockType::Q4_0,
+        BlockType::Q4K,
+        BlockType::Q5K,
+        BlockType::Q6K,
+        BlockType::Mxfp4,
+    ];
+
     /// Its name in llama.cpp.
     pub fn name(self) -> &'static str {
         match self {

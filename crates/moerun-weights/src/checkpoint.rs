@@ -33,6 +33,8 @@ pub enum Needs {
     GatewayOnly,
     /// The experts: a worker. Other tensors may be absent; those that are there must be right.
     ExpertsOnly,
+    /// The config alone: a worker that is given experts while it runs. Tensors that are there must be right.
+    Nothing,
 }
 
 /// A mapped checkpoint directory whose tensors all have the names, shapes and types that its config asks for.
@@ -83,7 +85,10 @@ impl Checkpoint {
             .map(|tensor| tensor.name.as_str())
             .collect();
         let may_be_absent = |name: &str| !needed.contains(name.strip_prefix("language_model.").unwrap_or(name));
-        let store = TensorStore::open(&directory, config.family, &may_be_absent)?;
+        let store = match TensorStore::open(&directory, config.family, &may_be_absent) {
+            Err(WeightsError::NoWeights { .. }) if needs == Needs::Nothing => TensorStore::empty(),
+            opened => opened?,
+        };
         Self::of_store(dir, config, generation_config, store, expected, needs)
     }
 

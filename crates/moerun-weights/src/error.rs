@@ -18,6 +18,14 @@ pub enum WeightsError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// An expert that another process sent is none of this model.
+    #[error("an expert that was sent: wanted {wanted}, found {found}")]
+    Received {
+        /// What was wanted.
+        wanted: String,
+        /// What came.
+        found: String,
+    },
     /// The config was refused.
     #[error(transparent)]
     Config(#[from] moerun_types::ConfigError),

@@ -46,19 +46,18 @@ impl Checkpoint {
         combine_block: usize,
     ) -> Result<Vec<BlockHash>, WeightsError> {
         let intermediate = self.config.moe.as_ref().map_or(0, |moe| moe.intermediate);
-        let num_blocks = match combine_block {
-            0 => 0,
-            length => intermediate.div_ceil(length),
-        };
-        let none = WeightsError::Blocks {
-            found: blocks,
-            combine_block,
-            num_blocks,
-        };
         if self.packed.is_some() {
             let kept = self.kept_unit_hashes(layer, expert)?;
+            let num_blocks = match combine_block {
+                0 => 0,
+                length => intermediate.div_ceil(length),
+            };
             if usize::from(blocks.end) > num_blocks {
-                return Err(none);
+                return Err(WeightsError::Blocks {
+                    found: blocks,
+                    combine_block,
+                    num_blocks,
+                });
             }
             if !combine_block.is_multiple_of(UNIT) {
                 return Err(WeightsError::PackedHashes {
@@ -71,21 +70,7 @@ impl Checkpoint {
             let units = |block: u16| kept.chunks(per_block).nth(usize::from(block)).unwrap_or_default();
             return Ok((blocks.first..blocks.end).map(|block| join(units(block))).collect());
         }
-        let parts = self.expert_parts(layer, expert)?;
-        if usize::from(blocks.end) > num_blocks {
-            return Err(none);
-        }
-        let unit = greatest_common_divisor(combine_block, UNIT);
-        let block_hash = |block: u16| {
-            let first = usize::from(block) * combine_block;
-            let end = (first + combine_block).min(intermediate);
-            let units: Vec<BlockHash> = (first..end)
-                .step_by(unit)
-                .map(|at| unit_hash(&parts, at, unit))
-                .collect();
-            join(&units)
-        };
-        Ok((blocks.first..blocks.end).map(block_hash).collect())
+        block_hashes(&self.expert_parts(layer, expert)?, intermediate, blocks, combine_block)
     }
 
     /// The hashes of all units of an expert, for a packed checkpoint to keep.
@@ -182,6 +167,37 @@ impl Checkpoint {
         }
         Some(hasher.finalize().to_hex().to_string())
     }
+}
+
+/// Hashes of the combine blocks of an expert, of the elements as they are stored.
+pub(crate) fn block_hashes(
+    parts: &ExpertParts<'_>,
+    intermediate: usize,
+    blocks: BlockRange,
+    combine_block: usize,
+) -> Result<Vec<BlockHash>, WeightsError> {
+    let num_blocks = match combine_block {
+        0 => 0,
+        length => intermediate.div_ceil(length),
+    };
+    if usize::from(blocks.end) > num_blocks {
+        return Err(WeightsError::Blocks {
+            found: blocks,
+            combine_block,
+            num_blocks,
+        });
+    }
+    let unit = greatest_common_divisor(combine_block, UNIT);
+    let block_hash = |block: u16| {
+        let first = usize::from(block) * combine_block;
+        let end = (first + combine_block).min(intermediate);
+        let units: Vec<BlockHash> = (first..end)
+            .step_by(unit)
+            .map(|at| unit_hash(parts, at, unit))
+            .collect();
+        join(&units)
+    };
+    Ok((blocks.first..blocks.end).map(block_hash).collect())
 }
 
 fn header_line(name: &str, stored: &StoredTensor) -> String {

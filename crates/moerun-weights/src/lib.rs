@@ -30,6 +30,7 @@ mod store;
 mod synthesize;
 mod tensor;
 mod tensor_names;
+mod transfer;
 mod verify;
 
 pub use available_memory::available_memory_bytes;
@@ -48,5 +49,6 @@ pub use staging::WriteError;
 pub use synthesize::{
     DEFAULT_SHARD_BYTES, SynthesizeError, SynthesizeProgress, SynthesizeReport, SynthesizeRequest, synthesize,
 };
-pub use tensor::{Dtype, MatrixSource, ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
+pub use tensor::{Dtype, MatrixForm, MatrixSource, ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
 pub use tensor_names::{LayerTensor, TensorRole};
+pub use transfer::{ExpertExport, ExpertTensorName, ReceivedExpert};

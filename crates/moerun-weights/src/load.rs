@@ -4,11 +4,11 @@ use std::{fmt, ops::Range, str::FromStr, sync::Arc};
 
 use memmap2::Mmap;
 use moerun_kernels::{FeedForward, MappedError, PackedMatrix};
-use moerun_types::{ExpertId, LayerId, NumberFormat};
+use moerun_types::{ExpertId, LayerId, ModelConfig, NumberFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Checkpoint, TensorRole, WeightsError,
+    Checkpoint, ExpertSource, TensorRole, WeightsError,
     packed::{ExpertForm, Part, dense_parts, expert_name, places},
     store::StoredTensor,
 };
@@ -176,28 +176,7 @@ impl Checkpoint {
             let stored = self.store.get(&expert_name(layer, expert)).ok_or(none)?;
             return self.mapped_expert(stored, moe, format, held);
         }
-        let source = self.expert(layer, expert)?;
-        let (hidden, whole) = (self.config.hidden, 0..self.config.hidden);
-        let named = |matrix: &'static str| {
-            move |source| WeightsError::PackExpert {
-                layer,
-                expert,
-                matrix,
-                source,
-            }
-        };
-        let (gate, up, down) = (&source.gate_proj, &source.up_proj, &source.down_proj);
-        Ok(FeedForward {
-            gate_proj: gate
-                .pack(format, held.clone(), whole.clone())
-                .map_err(named("gate_proj"))?,
-            up_proj: up.pack(format, held.clone(), whole).map_err(named("up_proj"))?,
-            down_proj: down.pack(format, 0..hidden, held.clone()).map_err(named("down_proj"))?,
-            gate_bias: source.gate_bias.map(|bias| bias[held.clone()].to_vec()),
-            up_bias: source.up_bias.map(|bias| bias[held.clone()].to_vec()),
-            down_bias: source.down_bias.filter(|_| held.start == 0),
-            activation: moe.activation,
-        })
+        pack_expert(self.expert(layer, expert)?, &self.config, (layer, expert), format, held)
     }
 
     /// Moves matrices into one piece of memory of this process, on huge pages where the kernel allows; mapped ones are
@@ -233,6 +212,40 @@ impl Checkpoint {
             activation: moe.activation,
         })
     }
+}
+
+/// The columns `held` of the intermediate dimension of an expert that is read as it is stored.
+pub(crate) fn pack_expert(
+    source: ExpertSource<'_>,
+    config: &ModelConfig,
+    (layer, expert): (LayerId, ExpertId),
+    format: NumberFormat,
+    held: Range<usize>,
+) -> Result<FeedForward, WeightsError> {
+    let Some(moe) = &config.moe else {
+        return Err(WeightsError::NoExpert { layer, expert });
+    };
+    let (hidden, whole) = (config.hidden, 0..config.hidden);
+    let named = |matrix: &'static str| {
+        move |source| WeightsError::PackExpert {
+            layer,
+            expert,
+            matrix,
+            source,
+        }
+    };
+    let (gate, up, down) = (&source.gate_proj, &source.up_proj, &source.down_proj);
+    Ok(FeedForward {
+        gate_proj: gate
+            .pack(format, held.clone(), whole.clone())
+            .map_err(named("gate_proj"))?,
+        up_proj: up.pack(format, held.clone(), whole).map_err(named("up_proj"))?,
+        down_proj: down.pack(format, 0..hidden, held.clone()).map_err(named("down_proj"))?,
+        gate_bias: source.gate_bias.map(|bias| bias[held.clone()].to_vec()),
+        up_bias: source.up_bias.map(|bias| bias[held.clone()].to_vec()),
+        down_bias: source.down_bias.filter(|_| held.start == 0),
+        activation: moe.activation,
+    })
 }
 
 fn values(bytes: &[u8]) -> Vec<f32> {

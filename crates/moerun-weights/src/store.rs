@@ -60,17 +60,22 @@ impl TensorStore {
         Ok(store)
     }
 
+    /// No tensors at all.
+    pub(crate) fn empty() -> Self {
+        TensorStore {
+            shards: Vec::new(),
+            tensors: HashMap::new(),
+            expert_layout: None,
+        }
+    }
+
     /// As [`TensorStore::open`], of files that were found.
     pub(crate) fn of_files(
         directory: &Directory,
         layout: &Layout,
         may_be_absent: &dyn Fn(&str) -> bool,
     ) -> Result<Self, WeightsError> {
-        let mut store = TensorStore {
-            shards: Vec::new(),
-            tensors: HashMap::new(),
-            expert_layout: None,
-        };
+        let mut store = Self::empty();
         match layout {
             Layout::Single(name) => {
                 store.add_shard(directory, name, None)?;

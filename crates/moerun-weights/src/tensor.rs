@@ -3,11 +3,13 @@
 mod keys_and_values;
 mod pack;
 mod row_blocks;
+mod transfer;
 
 use std::ops::Range;
 
 use keys_and_values::KeysAndValues;
 pub use row_blocks::{ROW_BLOCK, RowBlock, RowBlockFormat, RowBlocks};
+pub use transfer::MatrixForm;
 
 use crate::{
     blocks::{BlockType, MAX_BLOCK},
@@ -40,6 +42,13 @@ impl Dtype {
             Dtype::U8 => "U8",
             Dtype::Block(block) => block.name(),
         }
+    }
+
+    /// The type of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let plain = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F8E4M3, Dtype::U8];
+        let blocks = BlockType::ALL.into_iter().map(Dtype::Block);
+        plain.into_iter().chain(blocks).find(|dtype| dtype.name() == name)
     }
 
     /// Elements and bytes of the smallest piece that can be read: of one element, or of a block.

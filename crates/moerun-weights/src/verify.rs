@@ -17,6 +17,7 @@ impl Needs {
             (Needs::All, _) => false,
             (Needs::GatewayOnly, part) => matches!(part, ModelPart::Experts(_)),
             (Needs::ExpertsOnly, part) => matches!(part, ModelPart::Dense(_)),
+            (Needs::Nothing, _) => true,
         }
     }
 }

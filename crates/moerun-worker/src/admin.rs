@@ -94,7 +94,7 @@ impl AdminService for AdminDoor {
             requests_executed: self.counts.executed.load(Relaxed),
             requests_failed: self.counts.failed.load(Relaxed),
             streams_opened: self.counts.streams_opened.load(Relaxed),
-            held_slices: loaded.map_or(0, |loaded| loaded.handshake.held.len() as u64),
+            held_slices: loaded.map_or(0, |loaded| loaded.holdings.now().identity.held.len() as u64),
         };
         Ok(Response::new(v1::GetStatsResponse {
             process: Some(v1::ProcessStats {
@@ -111,6 +111,35 @@ impl AdminService for AdminDoor {
             role: Some(Role::Worker(worker)),
         }))
     }
+
+    async fn get_placement(
+        &self,
+        _: Request<v1::GetPlacementRequest>,
+    ) -> Result<Response<v1::GetPlacementResponse>, Status> {
+        Err(not_a_gateway())
+    }
+
+    async fn drain_worker(
+        &self,
+        _: Request<v1::DrainWorkerRequest>,
+    ) -> Result<Response<v1::DrainWorkerResponse>, Status> {
+        Err(not_a_gateway())
+    }
+
+    async fn resume_worker(
+        &self,
+        _: Request<v1::ResumeWorkerRequest>,
+    ) -> Result<Response<v1::ResumeWorkerResponse>, Status> {
+        Err(not_a_gateway())
+    }
+
+    async fn rebalance(&self, _: Request<v1::RebalanceRequest>) -> Result<Response<v1::RebalanceResponse>, Status> {
+        Err(not_a_gateway())
+    }
+}
+
+fn not_a_gateway() -> Status {
+    Status::failed_precondition("this is a worker, which knows of no other: wanted the admin address of a gateway")
 }
 
 /// Serves the figures on a port of their own until `closing`.

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use moerun_routing::ShardSpec;
-use moerun_transport::ServerProtection;
+use moerun_transport::{ClientProtection, ServerProtection};
 use moerun_types::{CombineMode, NumberFormat};
 use moerun_weights::Load;
 
@@ -29,6 +29,10 @@ pub struct WorkerConfig {
     pub combine_block: Option<usize>,
     /// How packed weights come into memory.
     pub load: Load,
+    /// Most bytes that experts may take, those that are loaded later included; `None` = what the system has.
+    pub max_expert_bytes: Option<u64>,
+    /// How connections to other workers are protected, which hand over experts that the checkpoint lacks.
+    pub dial: ClientProtection,
     /// Threads that compute, at least 1.
     pub threads: usize,
     /// Most requests that wait to be computed, of all gateways together; one more is answered `OVERLOADED`.
@@ -52,6 +56,8 @@ impl WorkerConfig {
             combine: CombineMode::Exact,
             combine_block: None,
             load: Load::default(),
+            max_expert_bytes: None,
+            dial: ClientProtection::default(),
             threads: moerun_process::available_threads(),
             max_queue: 256,
             drain_timeout: Duration::from_secs(30),

@@ -5,12 +5,17 @@ use moerun_weights::{Checkpoint, MemoryNeed, available_memory_bytes};
 
 use crate::WorkerError;
 
-/// That `slices` fit in the memory that is left; always so where that is not known. Weights that stay mapped need not.
+/// That `slices` fit in `max_expert_bytes` if that is given, and in the memory that is left; always so where that is not
+/// known. Weights that stay mapped need not fit the latter.
 pub(crate) fn check_fits(
     checkpoint: &Checkpoint,
     slices: &[ExpertSlice],
     numerics: Numerics,
+    max_expert_bytes: Option<u64>,
 ) -> Result<(), WorkerError> {
+    if let Some(most) = max_expert_bytes {
+        fits(checkpoint.config(), slices, numerics, MemoryNeed::of_slice, most)?;
+    }
     let of_slice = if checkpoint.is_mapped() {
         MemoryNeed::of_mapped_slice
     } else {

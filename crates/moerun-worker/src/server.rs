@@ -10,9 +10,13 @@ use moerun_process::{Listener, Shutdown, SocketFile};
 use moerun_proto::{
     CONNECTION_WINDOW_BYTES, FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES, MAX_HANDSHAKE_BYTES, MAX_MESSAGE_BYTES,
     STREAM_WINDOW_BYTES,
-    v1::{admin_service_server::AdminServiceServer, expert_service_server::ExpertServiceServer},
+    v1::{
+        admin_service_server::AdminServiceServer, expert_service_server::ExpertServiceServer,
+        placement_service_server::PlacementServiceServer,
+    },
 };
 use moerun_transport::{ConnectionLimits, Incoming};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -20,6 +24,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     ServeOptions, WorkerError,
     admin::{self, AdminDoor},
+    placement_door::{MAX_HANDED_OVER, PlacementDoor},
     service::{Experts, Loaded},
 };
 
@@ -110,6 +115,15 @@ pub(crate) async fn prepare(
         // Ends with `closing`; the runtime's end awaits it.
         tokio::spawn(admin::serve(listener, door, closing.clone()));
     }
+    let placement = PlacementDoor {
+        loaded: loaded.clone(),
+        shutdown: shutdown.clone(),
+        closing: closing.clone(),
+        handing_over: Arc::new(Semaphore::new(MAX_HANDED_OVER)),
+    };
+    let placement_service = PlacementServiceServer::new(placement)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
     let expert_service = ExpertServiceServer::new(experts)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
@@ -123,6 +137,7 @@ pub(crate) async fn prepare(
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .add_service(expert_service)
+        .add_service(placement_service)
         .add_service(health_service)
         .add_optional_service(beside)
         .add_service(reflection().build_v1().map_err(reflection_error)?)
@@ -150,6 +165,7 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name(<ExpertServer as NamedService>::NAME)
+        .with_service_name(<PlacementServiceServer<PlacementDoor> as NamedService>::NAME)
         .with_service_name("grpc.health.v1.Health")
 }
 

@@ -9,8 +9,8 @@ use std::{
 
 use moerun_process::{Shutdown, spin_then_wait};
 use moerun_proto::{
-    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, request_is_intact,
-    speaks_same_major,
+    ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, encode_handshake,
+    request_is_intact, speaks_same_major,
     v1::{self, expert_service_server::ExpertService},
 };
 use tokio::sync::mpsc;
@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     admin::{Counts, OpenStream},
     compute::{Compute, Job, ReplySlot},
+    holdings::Holdings,
 };
 
 /// Requests of one stream that may be queued, computed or waiting to be written, if the queue has room for as many. The
@@ -31,7 +32,7 @@ const MAX_IN_FLIGHT_PER_STREAM: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Loaded {
     /// What it is and holds.
-    pub(crate) handshake: v1::HandshakeResponse,
+    pub(crate) holdings: Arc<Holdings>,
     /// What a request may say.
     pub(crate) limits: ModelLimits,
     /// Runs requests.
@@ -77,7 +78,7 @@ impl ExpertService for Experts {
             let message = format!("protocol version: wanted major of {PROTOCOL_VERSION}, found {asked}");
             return Err(Status::failed_precondition(message));
         }
-        Ok(Response::new(self.loaded()?.handshake.clone()))
+        Ok(Response::new(encode_handshake(&self.loaded()?.holdings.now().identity)))
     }
 
     async fn execute(

@@ -10,7 +10,7 @@ use std::{
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
 use moerun_process::{Address, DataPlane, LoadProgress, Shutdown, SocketFile, bind_admin};
-use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake};
+use moerun_proto::{ModelLimits, WorkerIdentity};
 use moerun_transport::{ServerProtection, bind};
 use moerun_types::{Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, Needs};
@@ -18,8 +18,9 @@ use tokio::task::JoinHandle as Task;
 use tonic_health::ServingStatus;
 
 use crate::{
-    WorkerConfig, WorkerError,
+    ExpertSource, WorkerConfig, WorkerError,
     compute::{Compute, RunExperts},
+    holdings::Holdings,
     identity::identify,
     memory,
     server::{self, AdminDoors},
@@ -83,7 +84,11 @@ impl Worker {
             inline_rows: INLINE_ROWS,
             patience: config.patience,
         };
-        let checkpoint = Checkpoint::open(&config.model_dir, Needs::ExpertsOnly)?.loading(config.load);
+        let needs = match config.shard.names_nothing() {
+            true => Needs::Nothing,
+            false => Needs::ExpertsOnly,
+        };
+        let checkpoint = Checkpoint::open(&config.model_dir, needs)?.loading(config.load);
         let model = checkpoint.config();
         let Some(moe) = &model.moe else {
             return Err(WorkerError::DenseModel);
@@ -96,11 +101,11 @@ impl Worker {
                 .unwrap_or_else(|| default_combine_block(moe.intermediate)),
         )?;
         let slices = config.shard.resolve(model, &numerics)?;
-        if slices.is_empty() {
+        if slices.is_empty() && needs == Needs::ExpertsOnly {
             tracing::warn!("shard {} holds nothing of this model", config.shard);
         }
         checkpoint.check_format(numerics.format)?;
-        memory::check_fits(&checkpoint, &slices, numerics)?;
+        memory::check_fits(&checkpoint, &slices, numerics, config.max_expert_bytes)?;
         let listening = Listening::start(options, shutdown)?;
 
         let mut hashing = LoadProgress::counting("expert hashes");
@@ -113,17 +118,34 @@ impl Worker {
             loading.update(done, total)
         })?;
         loading.finish();
-        listening.serve(bank, &identity)
+        let source = ExpertSource {
+            model_dir: config.model_dir.clone(),
+            load: config.load,
+            max_expert_bytes: config.max_expert_bytes,
+            dial: config.dial.clone(),
+        };
+        listening.serve(bank, &identity, Some(source))
     }
 
-    /// Serves experts that are loaded already, under an identity made by [`identify`].
+    /// Serves experts that are loaded already, under an identity made by [`identify`]; it never holds others.
     pub fn serve(
         bank: ExpertBank,
         identity: &WorkerIdentity,
         options: ServeOptions,
         shutdown: Shutdown,
     ) -> Result<Self, WorkerError> {
-        Listening::start(options, shutdown)?.serve(bank, identity)
+        Listening::start(options, shutdown)?.serve(bank, identity, None)
+    }
+
+    /// As [`Worker::serve`], of experts that come from `source`, as more may.
+    pub fn serve_from(
+        source: ExpertSource,
+        bank: ExpertBank,
+        identity: &WorkerIdentity,
+        options: ServeOptions,
+        shutdown: Shutdown,
+    ) -> Result<Self, WorkerError> {
+        Listening::start(options, shutdown)?.serve(bank, identity, Some(source))
     }
 
     /// Where it listens.
@@ -228,19 +250,39 @@ impl Listening {
         })
     }
 
-    fn serve(self, bank: ExpertBank, identity: &WorkerIdentity) -> Result<Worker, WorkerError> {
+    fn serve(
+        self,
+        bank: ExpertBank,
+        identity: &WorkerIdentity,
+        source: Option<ExpertSource>,
+    ) -> Result<Worker, WorkerError> {
         let limits = ModelLimits::new(bank.config(), bank.numerics());
         let pool = CpuPool::new(self.options.threads);
-        let run: RunExperts =
-            Box::new(move |work| bank.execute(&pool, work.layer, &work.activations, &work.assignments));
-        self.serve_with(run, limits, identity)
+        let holdings = Arc::new(Holdings::new(identity.clone(), Some(bank), source));
+        let held = Arc::clone(&holdings);
+        let run: RunExperts = Box::new(move |work| match &held.now().bank {
+            Some(bank) => bank.execute(&pool, work.layer, &work.activations, &work.assignments),
+            None => unreachable!("these holdings were made with a bank, and are never without"),
+        });
+        self.serve_holdings(run, limits, holdings)
     }
 
+    /// Something that answers for experts.
+    #[cfg(test)]
     fn serve_with(
         self,
         run: RunExperts,
         limits: ModelLimits,
         identity: &WorkerIdentity,
+    ) -> Result<Worker, WorkerError> {
+        self.serve_holdings(run, limits, Arc::new(Holdings::new(identity.clone(), None, None)))
+    }
+
+    fn serve_holdings(
+        self,
+        run: RunExperts,
+        limits: ModelLimits,
+        holdings: Arc<Holdings>,
     ) -> Result<Worker, WorkerError> {
         let (compute, thread) =
             Compute::start(run, self.options.max_queue, self.options.inline_rows).map_err(|source| {
@@ -249,11 +291,11 @@ impl Listening {
                     source,
                 }
             })?;
-        let handshake = encode_handshake(identity);
+        let identity = holdings.now().identity.clone();
         if self
             .loaded
             .set(Loaded {
-                handshake,
+                holdings,
                 limits,
                 compute,
             })

@@ -1,5 +1,6 @@
 //! The command line: what each command takes.
 
+mod admin;
 mod plan;
 
 use std::path::PathBuf;
@@ -9,8 +10,14 @@ use moerun_process::Spin;
 use moerun_types::{CombineMode, NumberFormat};
 use moerun_weights::SHAPES;
 
-pub(crate) use self::plan::{BenchPlanArgs, PlanArgs};
-use crate::settings::{ClusterFlags, DoorFlags, ServingFlags};
+pub(crate) use self::{
+    admin::{AdminArgs, DrainArgs, RebalanceArgs, ResumeArgs, StatusArgs},
+    plan::{BenchPlanArgs, PlanArgs},
+};
+use crate::{
+    settings::{ClusterFlags, DoorFlags, ServingFlags},
+    size::ByteSize,
+};
 
 /// A distributed mixture-of-experts runtime: a gateway and expert workers, over gRPC, on plain CPUs
 #[derive(Debug, Parser)]
@@ -92,6 +99,14 @@ pub(crate) enum Command {
     Gateway(GatewayArgs),
     /// Hold experts and run them for gateways
     Worker(WorkerArgs),
+    /// Tell how a gateway's workers are, what they hold and how often experts are chosen
+    Status(StatusArgs),
+    /// Move off a worker what it alone holds, and give it no more calls, so that it can be stopped
+    Drain(DrainArgs),
+    /// Give a drained worker calls again
+    Resume(ResumeArgs),
+    /// Plan anew who holds which experts, over the loads that a gateway has seen, and move experts while it serves
+    Rebalance(RebalanceArgs),
     /// Ask a health door; exit code 0 if it says that all is well
     Health(HealthArgs),
     /// Continue a prompt and stream the text to the terminal
@@ -153,6 +168,17 @@ pub(crate) struct GatewayArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) worker: Vec<String>,
 
+    /// Who says which worker holds what: held (each holds what it was told, and experts move only by moerun drain and
+    /// rebalance), auto (this gateway plans over the loads that it sees, and moves experts to workers that come with few,
+    /// after a loss, and where that gains more than it costs), or a plan, as moerun plan --out wrote it, whose workers are
+    /// named by their addresses [default: held]
+    #[arg(long, value_name = "held|auto|FILE")]
+    pub(crate) placement: Option<String>,
+
+    /// Holders that auto and rebalance see to for every expert [default: as many as every expert has had at once]
+    #[arg(long, value_name = "R")]
+    pub(crate) placement_replicas: Option<usize>,
+
     #[command(flatten)]
     pub(crate) cluster: ClusterFlags,
 
@@ -207,9 +233,13 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "R", conflicts_with = "experts")]
     pub(crate) replicas: Option<usize>,
 
-    /// Layers, experts and blocks, with ranges and *, as in 0-15:0-31,16-23:*,3:7:0-1
+    /// Layers, experts and blocks, with ranges and *, as in 0-15:0-31,16-23:*,3:7:0-1; or none, to be given some by a gateway
     #[arg(long, value_name = "L:E[:S],…")]
     pub(crate) experts: Option<String>,
+
+    /// Most memory that experts may take, those that a gateway gives later included, as in 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) expert_memory: Option<ByteSize>,
 
     #[command(flatten)]
     pub(crate) cluster: ClusterFlags,

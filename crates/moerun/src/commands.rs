@@ -1,5 +1,6 @@
 //! One file per command, and what they share: logging, exit codes, the ready line.
 
+mod admin;
 mod bench;
 mod certs;
 mod chaos;
@@ -44,6 +45,10 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Serve(args) => gateway::serve(args),
             Command::Gateway(args) => gateway::gateway(args),
             Command::Worker(args) => worker::run(args),
+            Command::Status(args) => done(admin::status(args)),
+            Command::Drain(args) => done(admin::drain(args)),
+            Command::Resume(args) => done(admin::resume(args)),
+            Command::Rebalance(args) => done(admin::rebalance(args)),
             Command::Health(args) => done(health::run(args)),
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),

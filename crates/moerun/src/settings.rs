@@ -1,6 +1,7 @@
 //! The settings of all serving commands: defaults < TOML file < environment < flags.
 
 mod environment;
+mod placement;
 mod security;
 
 use std::{env, path::PathBuf};
@@ -183,6 +184,15 @@ pub(crate) struct RoleFlags {
     /// Experts of a worker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) experts: Option<String>,
+    /// Most memory that a worker's experts may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) expert_memory: Option<ByteSize>,
+    /// Who says who holds what.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) placement: Option<String>,
+    /// Holders that every expert is to have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) placement_replicas: Option<usize>,
     /// Between gateway and workers.
     #[serde(flatten)]
     pub(crate) cluster: ClusterFlags,
@@ -283,6 +293,12 @@ pub(crate) struct Settings {
     pub(crate) replicas: usize,
     /// Experts of a worker.
     pub(crate) experts: Option<String>,
+    /// Most memory that a worker's experts may take; `None` = what the system has.
+    pub(crate) expert_memory: Option<ByteSize>,
+    /// Who says who holds what: `held`, `auto`, or a file of a plan.
+    pub(crate) placement: String,
+    /// Holders that every expert is to have; `None` = as many as there are.
+    pub(crate) placement_replicas: Option<usize>,
     /// Whether plaintext may leave this host.
     pub(crate) insecure: bool,
     /// Certificate of this process, between gateway and workers.
@@ -342,6 +358,9 @@ impl Default for Settings {
             shard: None,
             replicas: 1,
             experts: None,
+            expert_memory: None,
+            placement: "held".to_owned(),
+            placement_replicas: None,
             insecure: false,
             tls_cert: None,
             tls_key: None,
@@ -405,6 +424,7 @@ impl Settings {
             ("threads", self.threads, 1, 1024),
             ("workers", Some(self.workers), 0, 64),
             ("replicas", Some(self.replicas), 1, 64),
+            ("placement_replicas", self.placement_replicas, 1, 64),
             ("max_context", self.max_context, 1, u32::MAX as usize),
             ("combine_block", self.combine_block, 8, 1 << 20),
             ("max_batch_tokens", Some(self.max_batch_tokens), 1, 1 << 16),

@@ -169,6 +169,7 @@ impl Experts {
                         max_bytes: available_memory_bytes().map_or(FALLBACK_LOCAL_BYTES, |bytes| bytes / 4),
                     }),
                     canary_interval: Duration::from_secs(settings.canary_interval),
+                    placement: settings.placement_policy()?,
                     patience: settings
                         .spin
                         .patience(computing_threads(settings, &addresses), available_threads()),

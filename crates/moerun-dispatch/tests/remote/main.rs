@@ -7,5 +7,6 @@ mod cluster;
 mod equality;
 mod failover;
 mod faults;
+mod live;
 mod members;
 mod puppet;

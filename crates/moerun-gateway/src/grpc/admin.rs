@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener, sync::Arc};
 
-use moerun_dispatch::WorkerStatus;
+use moerun_dispatch::{RemoteExperts, WorkerStatus};
 use moerun_process::OwnFigures;
 use moerun_proto::v1::{
     self,
@@ -16,6 +16,7 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
+use super::placement;
 use crate::{Gateway, GatewayError};
 
 /// Answers `AdminService` from a gateway.
@@ -28,6 +29,14 @@ impl AdminDoor {
     /// Over this gateway.
     pub fn new(gateway: Arc<Gateway>) -> Self {
         AdminDoor { gateway }
+    }
+}
+
+impl AdminDoor {
+    fn workers(&self) -> Result<&Arc<RemoteExperts>, Status> {
+        self.gateway.remote_experts().ok_or_else(|| {
+            Status::failed_precondition("this gateway has no workers: its experts are in its own process")
+        })
     }
 }
 
@@ -64,6 +73,40 @@ impl AdminService for AdminDoor {
             }),
             role: Some(Role::Gateway(gateway)),
         }))
+    }
+
+    async fn get_placement(
+        &self,
+        _: Request<v1::GetPlacementRequest>,
+    ) -> Result<Response<v1::GetPlacementResponse>, Status> {
+        Ok(Response::new(placement::status(self.workers()?.placement())))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<v1::DrainWorkerRequest>,
+    ) -> Result<Response<v1::DrainWorkerResponse>, Status> {
+        let drained = self.workers()?.drain_worker(&request.get_ref().worker).await;
+        let report = drained.map_err(|error| placement::refusal(&error))?;
+        Ok(Response::new(placement::drained(&report)))
+    }
+
+    async fn resume_worker(
+        &self,
+        request: Request<v1::ResumeWorkerRequest>,
+    ) -> Result<Response<v1::ResumeWorkerResponse>, Status> {
+        let resumed = self.workers()?.resume_worker(&request.get_ref().worker).await;
+        let epoch = resumed.map_err(|error| placement::refusal(&error))?;
+        Ok(Response::new(v1::ResumeWorkerResponse { epoch }))
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::RebalanceResponse>, Status> {
+        let rebalanced = self.workers()?.rebalance(request.get_ref().dry_run).await;
+        let report = rebalanced.map_err(|error| placement::refusal(&error))?;
+        Ok(Response::new(placement::rebalanced(report)))
     }
 }
 

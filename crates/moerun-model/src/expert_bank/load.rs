@@ -11,7 +11,7 @@ use std::{
 };
 
 use moerun_kernels::{FeedForward, PackedMatrix};
-use moerun_types::{BlockRange, ExpertSlice, MoeConfig, Numerics};
+use moerun_types::{ExpertSlice, MoeConfig, Numerics};
 use moerun_weights::{Checkpoint, MemoryNeed};
 
 use crate::ModelError;
@@ -103,7 +103,7 @@ fn load_run(
             slice.layer,
             slice.expert,
             numerics.format,
-            columns(slice.blocks, moe, numerics),
+            numerics.columns(slice.blocks, moe.intermediate),
         )
     };
     let mut loaded = slices.iter().map(load).collect::<Result<Vec<_>, _>>()?;
@@ -116,12 +116,6 @@ fn load_run(
         checkpoint.gather(&mut owned)?;
     }
     Ok(loaded)
-}
-
-/// Elements of the intermediate dimension that `blocks` cover; the last block may be short.
-fn columns(blocks: BlockRange, moe: &MoeConfig, numerics: Numerics) -> Range<usize> {
-    let element = |block: u16| (usize::from(block) * numerics.combine_block).min(moe.intermediate);
-    element(blocks.first)..element(blocks.end)
 }
 
 /// Bytes that one slice's weights and biases take.

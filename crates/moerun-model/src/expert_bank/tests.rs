@@ -1,5 +1,6 @@
 //! Banks of real checkpoints, and what was recorded of their MoE blocks.
 
+mod changed;
 mod parity;
 mod refusals;
 mod stored_blocks;

@@ -168,6 +168,20 @@ impl PlanFile {
     }
 }
 
+/// Slices (sorted, merged) as `moerun worker --experts` takes them; empty for nothing.
+pub fn expert_list(held: &[ExpertSlice], config: &ModelConfig, numerics: &Numerics) -> String {
+    let num_blocks = config
+        .moe
+        .as_ref()
+        .map_or(0, |moe| numerics.num_blocks(moe.intermediate));
+    let extent = Extent {
+        moe_layers: &config.moe_layers(),
+        num_experts: config.moe.as_ref().map_or(0, |moe| moe.num_experts),
+        num_blocks: u16::try_from(num_blocks).unwrap_or(u16::MAX),
+    };
+    extent.experts(held)
+}
+
 /// As many digits as a prediction has.
 fn rounded(balance: f64) -> f64 {
     (balance * 1e4).round() / 1e4
@@ -240,7 +254,10 @@ impl Extent<'_> {
         }
         items.sort_by_key(|(layer, expert, item)| (*layer, *expert, item.blocks));
         let items: Vec<ShardItem> = items.into_iter().map(|(_, _, item)| item).collect();
-        ShardSpec::List(items).to_string()
+        match items.is_empty() {
+            true => String::new(),
+            false => ShardSpec::List(items).to_string(),
+        }
     }
 
     fn item(&self, (from, to): (usize, usize), (first, last): (u16, u16), blocks: BlockRange) -> ShardItem {

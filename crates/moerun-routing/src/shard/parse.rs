@@ -2,6 +2,9 @@
 
 use super::{ShardError, ShardItem, ShardSpec};
 
+/// What a worker is told that is to hold nothing yet.
+pub(super) const NOTHING: &str = "none";
+
 pub(super) const INDEX_BELOW_COUNT: &str = "wanted I/N with I from 0 and below N";
 
 impl ShardSpec {
@@ -44,8 +47,11 @@ impl ShardSpec {
         })
     }
 
-    /// Parses `L:E[:S]` items, as in `0-15:0-31,16-23:*`.
+    /// Parses `L:E[:S]` items, as in `0-15:0-31,16-23:*`; the word `none` names nothing.
     pub fn parse_experts(text: &str) -> Result<Self, ShardError> {
+        if text == NOTHING {
+            return Ok(ShardSpec::List(Vec::new()));
+        }
         let error = |reason: String| ShardError::Syntax {
             text: text.to_owned(),
             reason,

@@ -14,3 +14,4 @@ mod mangled;
 mod needs;
 mod packed;
 mod quantised;
+mod transfer;

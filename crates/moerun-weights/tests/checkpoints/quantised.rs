@@ -18,7 +18,7 @@ fn row(source: &MatrixSource<'_>, row: usize) -> Vec<f32> {
 }
 
 /// deepseek_v3 with blocks of 16 × 24 (the last ones short), two matrices in fp8.
-fn fp8_checkpoint() -> (tempfile::TempDir, RawTensors) {
+pub(crate) fn fp8_checkpoint() -> (tempfile::TempDir, RawTensors) {
     let dir = copy_of(Family::DeepseekV3);
     let quantization = json!({ "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
         "weight_block_size": [16, 24] });

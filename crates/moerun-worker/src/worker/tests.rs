@@ -594,7 +594,14 @@ fn reflection_lists_what_is_served() {
         panic!("{answer:?}")
     };
     let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    assert_eq!(names, ["moerun.v1.ExpertService", "grpc.health.v1.Health"]);
+    assert_eq!(
+        names,
+        [
+            "moerun.v1.ExpertService",
+            "moerun.v1.PlacementService",
+            "grpc.health.v1.Health"
+        ]
+    );
 }
 
 #[test]

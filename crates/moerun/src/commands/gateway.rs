@@ -35,6 +35,8 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
 pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         worker: args.worker.clone(),
+        placement: args.placement.clone(),
+        placement_replicas: args.placement_replicas,
         admin_addr: args.admin_addr.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),

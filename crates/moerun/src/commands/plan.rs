@@ -10,21 +10,14 @@ use std::{
 };
 
 use anyhow::Context;
+use moerun_dispatch::{cost_model, expert_size};
 use moerun_process::{LogFormat, init_telemetry};
-use moerun_routing::planner::{CostModel, ExpertLoads, ExpertSize, PlanFile, PlanIdentity, PlanRequest, plan};
-use moerun_types::{BlockRange, CombineMode, ModelConfig, Numerics, default_combine_block};
-use moerun_weights::{Checkpoint, MemoryNeed, ParameterCounts};
+use moerun_routing::planner::{ExpertLoads, PlanFile, PlanIdentity, PlanRequest, plan};
+use moerun_types::{ModelConfig, Numerics, default_combine_block};
+use moerun_weights::Checkpoint;
 
 use self::report::Report;
 use crate::{cli::PlanArgs, settings::SettingsError};
-
-/// Operations per second of a worker that reads as fast as the mean: what a few cores reach on a small batch.
-const OPS_PER_SECOND: f64 = 4e11;
-/// Time of one message and its answer on the gateway's thread.
-const MESSAGE_SECONDS: f64 = 20e-6;
-/// Bytes of an element of a reply, packed: exact mode's fixed point, and f32.
-const EXACT_REPLY_BYTES: f64 = 5.5;
-const FAST_REPLY_BYTES: f64 = 4.0;
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<()> {
@@ -103,37 +96,11 @@ fn request(args: &PlanArgs, config: &ModelConfig, numerics: &Numerics) -> anyhow
         present: Vec::new(),
         stability: args.stability,
         seed: args.seed,
-        cost: cost_model(args, config, numerics),
+        cost: cost_model(config, numerics, args.batch, args.link.0 as f64),
         moe_layers,
         num_experts,
         loads,
     })
-}
-
-fn expert_size(config: &ModelConfig, numerics: &Numerics) -> ExpertSize {
-    let num_blocks = config
-        .moe
-        .as_ref()
-        .map_or(0, |moe| numerics.num_blocks(moe.intermediate));
-    let blocks = (1..=num_blocks).map_while(|end| u16::try_from(end).ok());
-    let bytes = |end: u16| MemoryNeed::of_slice(config, numerics, BlockRange { first: 0, end });
-    ExpertSize::new(blocks.map(bytes).collect())
-}
-
-fn cost_model(args: &PlanArgs, config: &ModelConfig, numerics: &Numerics) -> CostModel {
-    let hidden = config.hidden;
-    let reply = match numerics.combine {
-        CombineMode::Exact => EXACT_REPLY_BYTES,
-        CombineMode::Fast => FAST_REPLY_BYTES,
-    };
-    CostModel {
-        batch_tokens: args.batch,
-        expert_ops: 2.0 * ParameterCounts::of(config).per_expert as f64,
-        ops_per_second: OPS_PER_SECOND,
-        row_bytes: numerics.format.activations().row_bytes(hidden) as f64 + hidden as f64 * reply,
-        link_bytes_per_second: args.link.0 as f64,
-        message_seconds: MESSAGE_SECONDS,
-    }
 }
 
 fn read_plan(path: &Path) -> anyhow::Result<PlanFile> {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use anyhow::Context;
 use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads, count_panics};
 use moerun_routing::ShardSpec;
-use moerun_transport::ServerProtection;
+use moerun_transport::{ClientProtection, ServerProtection};
 use moerun_worker::{Worker, WorkerConfig};
 use rustix::system::uname;
 
@@ -27,6 +27,7 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         shard: args.shard.clone(),
         replicas: args.replicas,
         experts: args.experts.clone(),
+        expert_memory: args.expert_memory,
         cluster: args.cluster.clone(),
         ..RoleFlags::default()
     };
@@ -42,6 +43,10 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     } else {
         settings.worker_protection()?
     };
+    let fetch_protection = match args.exit_with_parent {
+        true => ClientProtection::LoopbackOnly,
+        false => settings.fetch_protection()?,
+    };
     warn_of_plaintext("workers", settings.insecure && protection.tls().is_none());
     let config = WorkerConfig {
         protection,
@@ -50,6 +55,8 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         combine: settings.combine,
         combine_block: settings.combine_block,
         load: settings.load,
+        dial: fetch_protection,
+        max_expert_bytes: settings.expert_memory.map(|size| size.0),
         threads,
         max_queue: settings.max_queue,
         admin_addr: settings.admin_addr.clone(),

@@ -122,6 +122,16 @@ impl Settings {
         Ok(ClientProtection::new(tls, self.insecure))
     }
 
+    /// Of a worker's connections to others, which hand over experts: they are known by the hosts that a gateway names, since
+    /// the list of identities says who may connect to this worker.
+    pub(crate) fn fetch_protection(&self) -> anyhow::Result<ClientProtection> {
+        let anybody = Settings {
+            allow_peer: Vec::new(),
+            ..self.clone()
+        };
+        anybody.dial_protection()
+    }
+
     /// Of a client's connection to a gateway: TLS with authorities alone, and a certificate where one is asked for.
     pub(crate) fn client_protection(&self) -> anyhow::Result<ClientProtection> {
         let tls = match (&self.tls_ca, &self.tls_cert, &self.tls_key) {
