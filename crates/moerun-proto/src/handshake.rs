@@ -62,6 +62,7 @@ pub fn encode_handshake(identity: &WorkerIdentity) -> v1::HandshakeResponse {
         router_hash: identity.router_hash.clone().unwrap_or_default(),
         numerics_id: identity.numerics_id.clone(),
         held,
+        host: None, // as of the moment in which it is asked for
     }
 }
 
