@@ -6,7 +6,7 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
-    let files = ["admin", "expert", "inference", "moe_layer", "placement"]
+    let files = ["admin", "expert", "inference", "moe_layer", "placement", "registry"]
         .map(|name| root.join(format!("moerun/v1/{name}.proto")));
     println!("cargo:rerun-if-changed={}", root.display());
     let descriptors = protox::compile(&files, [&root])?;

@@ -4,6 +4,7 @@ usage: check_manifests.py        (needs kubectl, systemd-analyze and requirement
 """
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 
 DEPLOY = Path(__file__).resolve().parents[1]
 OVERLAYS = ["insecure", "tls"]
+MONITORED = "monitored"
 # Kinds of other projects, whose schemas are not in the package.
 FOREIGN_GROUPS = {"cert-manager.io", "monitoring.coreos.com"}
 KUBERNETES = "1.32"
@@ -189,10 +191,54 @@ def test_ports_probes_and_selectors_meet():
         assert ingress["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
 
 
+def test_prometheus_reads_every_pod_and_only_metrics():
+    objects = render(MONITORED)
+    for it in objects:
+        if it["apiVersion"].split("/")[0] not in FOREIGN_GROUPS:
+            kubernetes_validate.validate(it, KUBERNETES, strict=True)
+    [monitor] = of_kind(objects, "ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    [service] = [it for it in of_kind(objects, "Service") if wanted.items() <= it["metadata"]["labels"].items()]
+    [endpoint] = monitor["spec"]["endpoints"]
+    [port] = service["spec"]["ports"]
+    assert endpoint["port"] == port["name"] and endpoint["path"] == "/metrics"
+    [policy] = [it["spec"] for it in of_kind(objects, "NetworkPolicy") if it["metadata"]["name"] == "moerun-metrics"]
+    assert [it["port"] for it in policy["ingress"][0]["ports"]] == [port["targetPort"]]
+    for name, template in pods(objects):
+        assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items(), name
+        container = template["spec"]["containers"][0]
+        ports = {it["name"]: it["containerPort"] for it in container["ports"]}
+        assert environment(objects, container)["MOERUN_METRICS_ADDR"].rpartition(":")[2] == str(ports[port["targetPort"]])
+
+
+def test_compose_prometheus_and_grafana_fit_the_cluster():
+    compose = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())["services"]
+    monitoring = DEPLOY / "monitoring"
+    prometheus = yaml.safe_load((monitoring / "prometheus.yaml").read_text())
+    [job] = prometheus["scrape_configs"]
+    targets = {target for it in job["static_configs"] for target in it["targets"]}
+    told = {f"{name}:{it['environment']['MOERUN_METRICS_ADDR'].rpartition(':')[2]}"
+            for name, it in compose.items() if "MOERUN_METRICS_ADDR" in it.get("environment", {})}
+    assert targets == told, targets ^ told
+    mounted = {it["target"] for it in compose["prometheus"]["volumes"]}
+    assert set(prometheus["rule_files"]) < mounted
+    for name in ["prometheus", "grafana"]:
+        for it in compose[name]["volumes"]:
+            assert (DEPLOY / "docker" / it["source"]).is_file(), it["source"]
+    [source] = yaml.safe_load((monitoring / "datasource.yaml").read_text())["datasources"]
+    dashboard = json.loads((monitoring / "dashboard.json").read_text())
+    assert len(dashboard["panels"]) >= 8
+    for panel in dashboard["panels"]:
+        assert panel["datasource"]["uid"] == source["uid"] and panel["targets"], panel["title"]
+    [group] = yaml.safe_load((monitoring / "rules.yaml").read_text())["groups"]
+    assert all(rule["expr"] and rule["annotations"]["summary"] for rule in group["rules"])
+
+
 def test_compose_runs_without_privileges():
     compose = yaml.safe_load((DEPLOY / "docker/compose.yaml").read_text())
-    ours = {name: it for name, it in compose["services"].items() if "moerun" in it["image"]}
-    assert {"gateway", "worker-0", "worker-1", "worker-2", "worker-3"} <= ours.keys()
+    ours = compose["services"]
+    wanted = {"gateway", "worker-0", "worker-1", "worker-2", "worker-3", "etcd", "prometheus", "grafana"}
+    assert wanted == ours.keys()
     for name, service in ours.items():
         assert service["read_only"] and service["cap_drop"] == ["ALL"], name
         assert service["user"].split(":")[0] not in ("", "0", "root"), name

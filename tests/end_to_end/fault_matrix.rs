@@ -4,6 +4,7 @@
 
 mod chaos;
 mod clock;
+mod discovery;
 mod disk;
 mod gateway_faults;
 mod identity;

@@ -3,12 +3,14 @@
 mod bench;
 mod cluster;
 mod command_line;
+mod doctor;
 mod failover;
 mod fault_matrix;
 mod formats;
 mod gguf;
 mod loading;
 mod malformed;
+mod metrics;
 mod packed;
 mod parity;
 mod plan;

@@ -13,10 +13,17 @@ use std::{
 /// How long a command of a test may take before it is killed.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Features of the binary under test.
+const FEATURES: &[&str] = if cfg!(feature = "etcd") {
+    &["--features", "moerun/etcd"]
+} else {
+    &[]
+};
+
 /// The binary under test, built once per run in the profile of the tests themselves.
 pub fn moerun() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| build("moerun", &[]))
+    BINARY.get_or_init(|| build("moerun", FEATURES))
 }
 
 /// The binary in which violations of the invariants can be planted. It shares all but a few crates with [`moerun`].
@@ -229,6 +236,16 @@ impl Server {
         }
     }
 
+    /// Waits for the ready line of a process that [`Server::spawn`] started.
+    #[track_caller]
+    pub fn wait_until_ready(&mut self) {
+        let line = self.stdout.recv_timeout(COMMAND_TIMEOUT).unwrap_or_default();
+        let Some(doors) = line.strip_prefix("ready grpc=") else {
+            panic!("no ready line: {line:?}\n{}", self.log());
+        };
+        self.addr = doors.split(" health=").next().unwrap_or_default().trim().to_owned();
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -281,6 +298,15 @@ impl Server {
                 Err(_) => panic!("no log line with {words:?}: {}", seen.join("\n")),
             }
         }
+    }
+
+    /// Stops the process where it is (SIGSTOP), or lets it go on (SIGCONT).
+    pub fn pause(&self, paused: bool) {
+        let signal = if paused { "-STOP" } else { "-CONT" };
+        let sent = Command::new("kill")
+            .args([signal, &self.child.id().to_string()])
+            .status();
+        assert!(sent.expect("kill starts").success());
     }
 
     /// Sends SIGHUP: files are looked at.

@@ -24,6 +24,7 @@ mod member;
 
 mod budget;
 mod health;
+mod metrics;
 mod stats;
 
 mod held_watch;
@@ -35,6 +36,7 @@ mod connector;
 mod session;
 
 mod admission;
+mod examine;
 
 mod local_shards;
 mod local_workers;
@@ -42,6 +44,7 @@ mod local_workers;
 pub use backend::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
 pub use connector::Connector;
 pub use error::DispatchError;
+pub use examine::{Examination, examine};
 pub use expert_loss::OnExpertLoss;
 pub use live::{
     DrainReport, Follow, PlacementPolicy, PlacementStatus, Promise, RebalanceReport, WorkerMoves, WorkerPlacement,
@@ -50,5 +53,6 @@ pub use live::{
 pub use local::LocalExperts;
 pub use local_shards::local_shards;
 pub use local_workers::{LocalWorkers, LocalWorkersConfig, LocalWorkersError};
+pub use metrics::DispatchFigures;
 pub use remote::{LocalConfig, RemoteConfig, RemoteExperts, WorkerStatus};
-pub use stats::{DispatchStats, FailureReason, WorkerStats};
+pub use stats::{DispatchStats, FailureReason, LatencyHistogram, WorkerStats};

@@ -217,6 +217,7 @@ impl Member {
     /// A call was sent. Returns how long to wait for it before another holder is asked too, and before it is overdue.
     pub(crate) fn sent(&self, class: SizeClass, assignments: usize, ceiling: Duration) -> (Duration, Duration) {
         self.counters.calls.add(1);
+        self.counters.assignments.add(assignments);
         let mut health = self.health.lock();
         health.sent(assignments);
         (health.hedge_after(class), health.overdue_after(class, ceiling))
@@ -234,6 +235,7 @@ impl Member {
 
     /// A call was answered well.
     pub(crate) fn succeeded(&self, now: Instant, class: SizeClass, took: Duration, assignments: usize) {
+        self.counters.latency.add(took);
         let mut health = self.health.lock();
         health.closed(assignments);
         health.succeeded(now, class, took);
@@ -385,6 +387,8 @@ impl Member {
             suspect: health.is_suspect(),
             ejected: health.standing(now) == Standing::Ejected,
             calls: counters.calls.get(),
+            assignments: counters.assignments.get(),
+            latency: counters.latency.get(),
             failures: failures
                 .map(|(reason, count)| (reason, count.get()))
                 .filter(|&(_, count)| count > 0)

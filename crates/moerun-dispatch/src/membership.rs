@@ -39,6 +39,8 @@ const START_PAUSE: Duration = Duration::from_millis(100);
 const SPARE_GRACE: Duration = Duration::from_secs(2);
 /// … and so long for workers whose experts this process could compute.
 const LOCAL_GRACE: Duration = Duration::from_secs(10);
+/// Workers that may have something to tell before the start has heard it.
+const NEWS_QUEUE: usize = 64;
 /// How often a worker that is leaving, or a plan that was replaced, is looked at.
 const LEAVING_LOOK: Duration = Duration::from_millis(10);
 
@@ -64,6 +66,10 @@ pub(crate) struct Shared {
     older: Mutex<Vec<Weak<RunPlan>>>,
     /// Told when somebody comes, goes or holds something else.
     pub(crate) changed: Notify,
+    /// Whether the workers are those given, or are found out while the gateway waits for them.
+    found_later: bool,
+    /// What the start waits for; nobody hears it afterwards.
+    news: mpsc::Sender<News>,
 }
 
 #[derive(Debug, Default)]
@@ -81,7 +87,7 @@ struct Keeper {
 
 /// What the start waits for.
 #[derive(Debug)]
-enum News {
+pub(crate) enum News {
     Admitted,
     Refused(DispatchError),
     /// It is there and still loads, or not.
@@ -108,20 +114,18 @@ pub(crate) fn endpoints(
 }
 
 impl Membership {
-    /// Dials all workers and returns once the model is covered.
-    ///
-    /// That is when all are admitted; or, a little later, when those that are do hold the whole model; or, later still,
-    /// when what they lack can be computed here and nobody who could bring it is loading. A worker that differs is refused
-    /// at once, and ends the start.
-    pub(crate) async fn start(
+    /// Dials all workers. The plan is made by [`Membership::assembled`], which wants the other thing returned.
+    pub(crate) fn start(
         core: Arc<Core>,
         canary: Canary,
         connector: Connector,
         runtime: Handle,
         endpoints: Vec<(String, Endpoint)>,
-        startup_timeout: Duration,
-    ) -> Result<Self, DispatchError> {
+        found_later: bool,
+    ) -> (Self, mpsc::Receiver<News>) {
         let end = CancellationToken::new();
+        // Each tells one thing at a time, and waits until it is heard.
+        let (news, heard) = mpsc::channel(NEWS_QUEUE);
         let shared = Arc::new(Shared {
             core,
             connector,
@@ -130,6 +134,8 @@ impl Membership {
             started: AtomicBool::new(false),
             older: Mutex::default(),
             changed: Notify::new(),
+            found_later,
+            news,
         });
         let membership = Self {
             shared,
@@ -137,23 +143,33 @@ impl Membership {
             _end_with_this: end.clone().drop_guard(),
             end,
         };
-        // Each tells one thing at a time, and waits until it is heard.
-        let (news, mut heard) = mpsc::channel(endpoints.len().max(1));
         for (worker, endpoint) in endpoints {
             let keeper = membership.keeper(worker);
             let (member, end) = (Arc::clone(&keeper.member), keeper.end.clone());
             membership.shared.roster.lock().keepers.push(keeper);
-            membership.keep(member, &end, endpoint, news.clone());
+            membership.keep(member, &end, endpoint);
         }
-        drop(news);
-        membership.shared.assemble(&mut heard, startup_timeout).await?;
-        Ok(membership)
+        (membership, heard)
+    }
+
+    /// Waits until the model is covered.
+    ///
+    /// That is when all workers are admitted; or, a little later, when those that are do hold the whole model; or, later
+    /// still, when what they lack can be computed here and nobody who could bring it is loading. A worker that differs is
+    /// refused at once, and ends the start. Where workers are found out, others may always come: then what is held decides
+    /// until the time is up, and a worker that differs is left out.
+    pub(crate) fn assembled(
+        &self,
+        mut heard: mpsc::Receiver<News>,
+        startup_timeout: Duration,
+    ) -> impl Future<Output = Result<(), DispatchError>> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move { shared.assemble(&mut heard, startup_timeout).await }
     }
 
     /// Replaces the workers: newcomers are dialled, and are asked once they are admitted; those that are not in the list
     /// any more get no new work, and are let go when they have answered. Returns the epoch of the new plan.
     pub(crate) fn replace(&self, endpoints: Vec<(String, Endpoint)>) -> Result<u64, DispatchError> {
-        let (ignored, _) = mpsc::channel(1);
         // In one piece: nobody is to see the list half made.
         let (before, newcomers) = {
             let mut roster = self.shared.roster.lock();
@@ -172,7 +188,7 @@ impl Membership {
             (before, newcomers)
         };
         for (member, end, endpoint) in newcomers {
-            self.keep(member, &end, endpoint, ignored.clone());
+            self.keep(member, &end, endpoint);
         }
         let epoch = self.shared.replan()?;
         for keeper in before {
@@ -214,8 +230,8 @@ impl Membership {
     }
 
     /// Starts the task that keeps one worker connected.
-    fn keep(&self, member: Arc<Member>, end: &CancellationToken, endpoint: Endpoint, news: mpsc::Sender<News>) {
-        let keeping = Arc::clone(&self.shared).keep_connected(member, endpoint, news);
+    fn keep(&self, member: Arc<Member>, end: &CancellationToken, endpoint: Endpoint) {
+        let keeping = Arc::clone(&self.shared).keep_connected(member, endpoint);
         self.runtime.spawn(end.clone().run_until_cancelled_owned(keeping));
     }
 }
@@ -231,14 +247,16 @@ impl Shared {
         let begun = Instant::now();
         let checks = [SPARE_GRACE, LOCAL_GRACE, startup_timeout].map(|after| begun + after.min(startup_timeout));
         loop {
-            let members = self.members();
-            let missing = members.iter().find(|member| member.announced().is_none());
-            let waited = begun.elapsed();
+            // Before the plan: who announces in between is in it, and not missed.
+            let missing = self.members().into_iter().find(|member| member.announced().is_none());
             let plan = self.plan(0)?;
+            let members = &plan.members;
+            let waited = begun.elapsed();
             let uncovered = plan.placement.uncovered(|worker| members[worker].link.is_up());
             let can_compute = self.can_compute(&uncovered);
             let is_loading = members.iter().any(|member| member.is_loading());
-            let covered = match missing {
+            let covered = match &missing {
+                _ if self.found_later && !uncovered.is_empty() => can_compute && waited >= startup_timeout,
                 None => true,
                 Some(_) if uncovered.is_empty() => waited >= SPARE_GRACE.min(startup_timeout),
                 Some(_) if can_compute && !is_loading => waited >= LOCAL_GRACE.min(startup_timeout),
@@ -246,6 +264,11 @@ impl Shared {
             };
             if covered {
                 return self.begin(&plan, can_compute);
+            }
+            if self.found_later && waited >= startup_timeout {
+                let held = plan.placement.check_covered(|worker| members[worker].link.is_up());
+                held.map_err(|error| DispatchError::Placement(Arc::new(error)))?;
+                continue; // the last one came just now
             }
             if let Some(missing) = missing.filter(|_| waited >= startup_timeout) {
                 return Err(DispatchError::Unreachable {
@@ -256,8 +279,9 @@ impl Shared {
             }
             let next = checks.into_iter().find(|&check| check > Instant::now());
             let wake = next.unwrap_or_else(|| Instant::now() + START_PAUSE);
-            if let Ok(Some(News::Refused(error))) = timeout_at(wake, news.recv()).await {
-                return Err(error);
+            match timeout_at(wake, news.recv()).await {
+                Ok(Some(News::Refused(error))) if !self.found_later => return Err(error),
+                _ => {}
             }
         }
     }
@@ -336,7 +360,8 @@ impl Shared {
     }
 
     /// Dials a worker, admits it, runs its connection, and dials again, for as long as it is a member.
-    async fn keep_connected(self: Arc<Self>, member: Arc<Member>, endpoint: Endpoint, news: mpsc::Sender<News>) {
+    async fn keep_connected(self: Arc<Self>, member: Arc<Member>, endpoint: Endpoint) {
+        let news = self.news.clone();
         let mut pause = FIRST_PAUSE;
         let mut last_refusal = String::new();
         loop {
@@ -372,7 +397,7 @@ impl Shared {
                     let refusal = error.to_string();
                     member.link.still_down(refusal.clone());
                     let _ = news.send(News::Refused(error)).await;
-                    if self.started.load(SeqCst) && refusal != last_refusal {
+                    if (self.found_later || self.started.load(SeqCst)) && refusal != last_refusal {
                         tracing::error!(worker = member.address(), "worker is not taken: {refusal}");
                         last_refusal = refusal;
                     }
@@ -407,7 +432,7 @@ impl Shared {
             if let Some(before) = &before {
                 check_unchanged(member.address(), before, held)?;
             }
-            if self.started.load(SeqCst) {
+            if self.found_later || self.started.load(SeqCst) {
                 let others = roster.keepers.iter().map(|keeper| &keeper.member);
                 let others = others.filter(|other| !Arc::ptr_eq(other, member));
                 let mut announced: Vec<(&str, Arc<[HeldExpert]>)> = others

@@ -9,6 +9,7 @@ use moerun_proto::v1;
 use moerun_transport::ClientProtection;
 use moerun_types::{ExpertSlice, Numerics};
 use moerun_weights::Checkpoint;
+use parking_lot::Mutex;
 use tokio::{
     sync::mpsc,
     task::yield_now,
@@ -24,7 +25,7 @@ use crate::{
     link::{Arrival, Waiter},
     live::{DrainReport, Follow, Live, PlacementPolicy, PlacementStatus, RebalanceReport},
     local_resort::LocalResort,
-    membership::{Membership, endpoints},
+    membership::{Membership, News, endpoints},
     run_plan::RunPlan,
 };
 
@@ -37,6 +38,8 @@ const MAX_CALLER_DRIVEN_BYTES: usize = 64 << 10;
 pub struct RemoteConfig {
     /// `host:port` or `unix:/path` of each.
     pub workers: Vec<String>,
+    /// Whether others come and go by [`RemoteExperts::set_workers`] from the start on, and `workers` may be empty.
+    pub found_later: bool,
     /// How connections to them are protected, and who they must be.
     pub protection: ClientProtection,
     /// How long workers may take to come up, loading included.
@@ -74,6 +77,7 @@ impl RemoteConfig {
     pub fn new(workers: Vec<String>) -> Self {
         Self {
             workers,
+            found_later: false,
             protection: ClientProtection::default(),
             startup_timeout: Duration::from_secs(120),
             dispatch_deadline: Duration::from_secs(30),
@@ -108,9 +112,14 @@ pub struct RemoteExperts {
     core: Arc<Core>,
     membership: Membership,
     live: Arc<Live>,
+    /// Whether experts are moved once the start is over.
+    follows: bool,
     protection: ClientProtection,
     patience: Duration,
     data_plane: Arc<DataPlane>,
+    /// What [`RemoteExperts::wait_until_held`] waits for; nothing once it has.
+    starting: Mutex<Option<mpsc::Receiver<News>>>,
+    startup_timeout: Duration,
 }
 
 impl RemoteExperts {
@@ -125,6 +134,14 @@ impl RemoteExperts {
         checkpoint: Arc<Checkpoint>,
         numerics: Numerics,
     ) -> Result<Self, DispatchError> {
+        let experts = Self::open(config, checkpoint, numerics)?;
+        experts.wait_until_held()?;
+        Ok(experts)
+    }
+
+    /// As [`RemoteExperts::connect`], but returns as soon as the workers are being dialled: for those that are found out
+    /// meanwhile. Nothing may be submitted before [`RemoteExperts::wait_until_held`] has returned.
+    pub fn open(config: RemoteConfig, checkpoint: Arc<Checkpoint>, numerics: Numerics) -> Result<Self, DispatchError> {
         let endpoints = endpoints(&config.workers, &config.protection)?;
         let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| start_error(&error))?;
         let admission = Arc::new(Admission::new(Arc::clone(&checkpoint), numerics));
@@ -146,31 +163,45 @@ impl RemoteExperts {
             config.on_expert_loss,
             local,
         ));
-        let starting = Membership::start(
+        let (membership, starting) = Membership::start(
             Arc::clone(&core),
             canary,
             config.connector,
             data_plane.handle().clone(),
             endpoints,
-            config.startup_timeout,
+            config.found_later,
         );
-        // Spawned, not blocked on here: its timers and sockets belong to the data plane's thread.
-        let started = data_plane.handle().block_on(data_plane.handle().spawn(starting));
-        let membership = started.map_err(|error| start_error(&error))??;
         let follows = !matches!(config.placement.follow, Follow::AsHeld);
         let live = Arc::new(Live::new(Arc::clone(membership.shared()), config.placement));
-        if follows {
-            let keeping = Arc::clone(&live).keep();
-            membership.run(async move { match keeping.await {} });
-        }
         Ok(Self {
             core,
             membership,
             live,
+            follows,
             protection: config.protection,
             patience: config.patience,
             data_plane: Arc::new(data_plane),
+            starting: Mutex::new(Some(starting)),
+            startup_timeout: config.startup_timeout,
         })
+    }
+
+    /// Blocks until the workers hold the whole model between them, or this process can compute the rest. With workers that
+    /// are found out, what is missing is computed here only when the start-up timeout is over. Called once.
+    pub fn wait_until_held(&self) -> Result<(), DispatchError> {
+        let Some(starting) = self.starting.lock().take() else {
+            return Ok(());
+        };
+        let assembled = self.membership.assembled(starting, self.startup_timeout);
+        // Spawned, not blocked on here: its timers and sockets belong to the data plane's thread.
+        let runtime = self.data_plane.handle();
+        let assembled = runtime.block_on(runtime.spawn(assembled));
+        assembled.map_err(|error| start_error(&error))??;
+        if self.follows {
+            let keeping = Arc::clone(&self.live).keep();
+            self.membership.run(async move { match keeping.await {} });
+        }
+        Ok(())
     }
 
     /// The workers as they are now, in the order given.

@@ -57,6 +57,18 @@ pub(crate) struct Endpoint {
     protection: ClientProtection,
 }
 
+impl Endpoint {
+    /// Where it is.
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// What every connection to it has.
+    pub(crate) fn settings(&self) -> &transport::Endpoint {
+        &self.settings
+    }
+}
+
 /// Parses `host:port` or `unix:/path` and sets what every connection to a worker has.
 pub(crate) fn endpoint(worker: &str, protection: &ClientProtection) -> Result<Endpoint, DispatchError> {
     let refused = |reason: String| DispatchError::Address {
@@ -195,7 +207,7 @@ pub(crate) fn describe(status: &Status) -> String {
 }
 
 /// tonic's transport errors say little by themselves.
-fn with_sources(error: &dyn Error) -> String {
+pub(crate) fn with_sources(error: &dyn Error) -> String {
     let mut text = error.to_string();
     push_sources(&mut text, error);
     text

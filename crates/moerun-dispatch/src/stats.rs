@@ -120,6 +120,10 @@ pub struct WorkerStats {
     pub ejected: bool,
     /// Messages sent to it, hedges and retries included.
     pub calls: u64,
+    /// Experts on rows in them.
+    pub assignments: u64,
+    /// How long calls took that were answered well.
+    pub latency: LatencyHistogram,
     /// Calls that failed, by reason; those without any are left out.
     pub failures: Vec<(FailureReason, u64)>,
     /// Answers that nobody waited for any more.
@@ -147,6 +151,44 @@ impl WorkerStats {
             .iter()
             .find(|(other, _)| *other == reason)
             .map_or(0, |&(_, count)| count)
+    }
+}
+
+/// Upper bounds of a histogram's buckets, in seconds; what takes longer is in a last one.
+const LATENCY_BOUNDS: [f64; 12] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0,
+];
+
+/// How long calls took.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LatencyHistogram {
+    /// Of all together.
+    pub sum: Duration,
+    /// Upper bounds in seconds, the last one infinite, and how many took at most so long and longer than the bound before.
+    pub buckets: Vec<(f64, u64)>,
+}
+
+/// How long calls took, as it is counted.
+#[derive(Debug, Default)]
+pub(crate) struct LatencyCounts {
+    nanos: AtomicU64,
+    buckets: [Counter; LATENCY_BOUNDS.len() + 1],
+}
+
+impl LatencyCounts {
+    pub(crate) fn add(&self, took: Duration) {
+        self.nanos
+            .fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        let seconds = took.as_secs_f64();
+        self.buckets[LATENCY_BOUNDS.partition_point(|&bound| bound < seconds)].add(1);
+    }
+
+    pub(crate) fn get(&self) -> LatencyHistogram {
+        let bounds = LATENCY_BOUNDS.into_iter().chain([f64::INFINITY]);
+        LatencyHistogram {
+            sum: Duration::from_nanos(self.nanos.load(Relaxed)),
+            buckets: bounds.zip(self.buckets.iter().map(Counter::get)).collect(),
+        }
     }
 }
 
@@ -184,9 +226,28 @@ pub(crate) struct Totals {
 #[derive(Debug, Default)]
 pub(crate) struct WorkerCounters {
     pub(crate) calls: Counter,
+    pub(crate) assignments: Counter,
+    pub(crate) latency: LatencyCounts,
     pub(crate) failures: [Counter; FailureReason::ALL.len()],
     pub(crate) late_answers: Counter,
     pub(crate) ejections: Counter,
     pub(crate) suspicions: Counter,
     pub(crate) canary_failures: Counter,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_in_the_first_bucket_whose_bound_it_does_not_exceed() {
+        let counts = LatencyCounts::default();
+        for micros in [1, 100, 101, 2_000_000, 2_000_001] {
+            counts.add(Duration::from_micros(micros));
+        }
+        let histogram = counts.get();
+        let filled: Vec<(f64, u64)> = histogram.buckets.iter().copied().filter(|it| it.1 > 0).collect();
+        assert_eq!(filled, [(0.0001, 2), (0.00025, 1), (2.0, 1), (f64::INFINITY, 1)]);
+        assert_eq!(histogram.sum, Duration::from_micros(4_000_203));
+    }
 }

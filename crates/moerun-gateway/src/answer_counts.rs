@@ -9,6 +9,8 @@ pub(crate) struct AnswerCounts {
     finished: AtomicU64,
     failed: AtomicU64,
     cancelled: AtomicU64,
+    prompt_tokens: AtomicU64,
+    generated_tokens: AtomicU64,
 }
 
 /// How the answers of a gateway ended, since it started.
@@ -22,6 +24,10 @@ pub struct AnswerStats {
     pub failed: u64,
     /// Answers that their client gave up.
     pub cancelled: u64,
+    /// Tokens of the prompts of those that began.
+    pub prompt_tokens: u64,
+    /// Tokens that they have had.
+    pub generated_tokens: u64,
 }
 
 /// How an answer ended.
@@ -36,8 +42,13 @@ pub(crate) enum AnswerEnd {
 }
 
 impl AnswerCounts {
-    pub(crate) fn begin(&self) {
+    pub(crate) fn begin(&self, prompt_tokens: usize) {
         self.begun.fetch_add(1, Relaxed);
+        self.prompt_tokens.fetch_add(prompt_tokens as u64, Relaxed);
+    }
+
+    pub(crate) fn token(&self) {
+        self.generated_tokens.fetch_add(1, Relaxed);
     }
 
     pub(crate) fn end(&self, how: AnswerEnd) {
@@ -55,6 +66,8 @@ impl AnswerCounts {
             finished: self.finished.load(Relaxed),
             failed: self.failed.load(Relaxed),
             cancelled: self.cancelled.load(Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            generated_tokens: self.generated_tokens.load(Relaxed),
         }
     }
 }

@@ -38,7 +38,7 @@ impl Generation {
         prompt_tokens: usize,
         answers: Arc<AnswerCounts>,
     ) -> Self {
-        answers.begin();
+        answers.begin(prompt_tokens);
         let detokenizer = codec.detokenizer();
         Generation {
             tokens: Some(tokens),
@@ -64,6 +64,7 @@ impl Generation {
         engine_finish: Option<FinishReason>,
     ) -> TextEvent {
         self.completion_tokens += 1;
+        self.answers.token();
         // A stop id ends the text and is no part of it, whether it is a special token or not.
         let mut piece = if engine_finish == Some(FinishReason::Stop) {
             String::new()

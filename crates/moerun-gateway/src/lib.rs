@@ -10,6 +10,7 @@ mod error;
 mod gateway;
 mod generation;
 pub mod grpc;
+mod metrics;
 mod request;
 mod text;
 
@@ -18,6 +19,7 @@ pub use answer_room::AnswerShare;
 pub use error::GatewayError;
 pub use gateway::{Gateway, GatewayParts, LogitRows, ServedModel};
 pub use generation::Generation;
+pub use metrics::GatewayFigures;
 pub use request::{Finish, Prompt, SamplingOverrides, TextEvent, TextRequest, TokenLogprob};
 pub use text::{
     ChatMessage, Checked, Detokenizer, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS, StopStrings, TextCodec, gguf_text_files,

@@ -51,6 +51,7 @@ pub fn encode_handshake(identity: &WorkerIdentity) -> v1::HandshakeResponse {
         router_hash: identity.router_hash.clone().unwrap_or_default(),
         numerics_id: identity.numerics_id.clone(),
         held: identity.held.iter().map(HeldExpert::encode).collect(),
+        host: None, // as of the moment in which it is asked for
     }
 }
 

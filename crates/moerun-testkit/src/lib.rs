@@ -1,5 +1,5 @@
 //! What the other crates are checked against: a naive reference, tiny checkpoints of any shape, malformed checkpoints;
-//! and a proxy that breaks connections.
+//! a proxy that breaks connections, and a name server that fails.
 //!
 //! Nothing here shares arithmetic with `moerun-kernels`, config parsing with `moerun-types` or tensor reading with
 //! `moerun-weights`: an error in one of those cannot hide itself by being made here too.
@@ -16,6 +16,7 @@ mod lies;
 mod naive;
 mod tiny;
 
+mod name_server;
 mod proxy;
 
 pub use authority::{Authority, Validity};
@@ -28,6 +29,7 @@ pub use family::{ALL_FAMILIES, Family, golden_dir};
 pub use gguf::{GgufRawTensor, GgufValue, RawGguf};
 pub use lies::{LIE_PROMPT, Lie, Stage, lies};
 pub use naive::{NaiveForward, NaiveModel, NaiveMoeBlock};
+pub use name_server::{Mood, NameServer, Record};
 pub use number::{Element, decode, encode};
 pub use proxy::{Corrupt, FaultProxy, Faults, Flow, ProxyCounts, Within};
 pub use raw_file::{RawFile, RawTensor};

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod accept;
+mod certificate;
 mod client;
 mod connection;
 mod dial;
@@ -19,6 +20,7 @@ mod verify;
 mod watch;
 
 pub use accept::{ConnectionLimits, Incoming};
+pub use certificate::{CertificateFacts, certificate_facts};
 pub use client::{ClientFiles, ClientTls};
 pub use connection::{Connection, PeerInfo};
 pub use dial::{Dial, Dialed};

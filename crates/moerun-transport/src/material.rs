@@ -24,7 +24,7 @@ fn content(path: &Path, reason: impl Into<String>) -> TransportError {
     }
 }
 
-fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, TransportError> {
+pub(crate) fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, TransportError> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(bytes).collect();
     let found = found.map_err(|error| content(path, format!("wanted certificates in PEM: {error}")))?;
     if found.is_empty() {

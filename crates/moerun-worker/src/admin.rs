@@ -23,13 +23,20 @@ use tonic::{
 
 use crate::service::Loaded;
 
+/// Values of `ExecuteStatus`.
+const STATUSES: usize = v1::ExecuteStatus::Corrupted as usize + 1;
+
 /// What the streams of gateways have come to since the start.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    streams: AtomicU64,
-    streams_opened: AtomicU64,
-    executed: AtomicU64,
-    failed: AtomicU64,
+    pub(crate) streams: AtomicU64,
+    pub(crate) streams_opened: AtomicU64,
+    pub(crate) executed: AtomicU64,
+    /// What requests executed waited for the computation, and took it.
+    pub(crate) queue_micros: AtomicU64,
+    pub(crate) compute_micros: AtomicU64,
+    /// By status.
+    pub(crate) failed: [AtomicU64; STATUSES],
 }
 
 impl Counts {
@@ -38,11 +45,16 @@ impl Counts {
         if !response.echo.is_empty() {
             return;
         }
-        let count = match response.status() {
-            v1::ExecuteStatus::Ok => &self.executed,
-            _ => &self.failed,
-        };
-        count.fetch_add(1, Relaxed);
+        match response.status() {
+            v1::ExecuteStatus::Ok => {
+                self.executed.fetch_add(1, Relaxed);
+                self.queue_micros.fetch_add(response.queue_micros.into(), Relaxed);
+                self.compute_micros.fetch_add(response.compute_micros.into(), Relaxed);
+            }
+            status => {
+                self.failed[status as usize].fetch_add(1, Relaxed);
+            }
+        }
     }
 }
 
@@ -92,7 +104,7 @@ impl AdminService for AdminDoor {
             streams: self.counts.streams.load(Relaxed),
             outstanding_requests: loaded.map_or(0, |loaded| loaded.compute.outstanding() as u64),
             requests_executed: self.counts.executed.load(Relaxed),
-            requests_failed: self.counts.failed.load(Relaxed),
+            requests_failed: self.counts.failed.iter().map(|count| count.load(Relaxed)).sum(),
             streams_opened: self.counts.streams_opened.load(Relaxed),
             held_slices: loaded.map_or(0, |loaded| loaded.holdings.now().identity.held.len() as u64),
         };

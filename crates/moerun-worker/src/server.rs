@@ -64,6 +64,8 @@ pub(crate) struct ExpertsServer {
     pub(crate) loaded: Arc<OnceLock<Loaded>>,
     /// Changed when they are.
     pub(crate) health: Health,
+    /// Its figures.
+    pub(crate) figures: AdminDoor,
     /// Runs until shutdown.
     pub(crate) run: Serving,
 }
@@ -110,6 +112,7 @@ pub(crate) async fn prepare(
         shutdown: shutdown.clone(),
         counts: experts.counts.clone(),
     };
+    let figures = door.clone();
     let beside = matches!(admin, AdminDoors::Beside).then(|| AdminServiceServer::new(door.clone()));
     if let AdminDoors::Own(listener) = admin {
         // Ends with `closing`; the runtime's end awaits it.
@@ -157,7 +160,13 @@ pub(crate) async fn prepare(
     let (incoming, socket) = Incoming::open(listener, options.protection.clone(), limits).map_err(start)?;
     let server = router.serve_with_incoming_shutdown(incoming, closed);
     let run: Serving = Box::pin(end.serve_until_shutdown(server));
-    Ok((ExpertsServer { loaded, health, run }, socket))
+    let server = ExpertsServer {
+        loaded,
+        health,
+        figures,
+        run,
+    };
+    Ok((server, socket))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

@@ -4,15 +4,17 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use moerun_kernels::Isa;
 use moerun_process::{Shutdown, spin_then_wait};
 use moerun_proto::{
     ExecuteFailure, ModelLimits, PROTOCOL_VERSION, decode_request, encode_echo, encode_failure, encode_handshake,
     request_is_intact, speaks_same_major,
     v1::{self, expert_service_server::ExpertService},
 };
+use moerun_weights::available_memory_bytes;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -78,7 +80,9 @@ impl ExpertService for Experts {
             let message = format!("protocol version: wanted major of {PROTOCOL_VERSION}, found {asked}");
             return Err(Status::failed_precondition(message));
         }
-        Ok(Response::new(encode_handshake(&self.loaded()?.holdings.now().identity)))
+        let mut handshake = encode_handshake(&self.loaded()?.holdings.now().identity);
+        handshake.host = Some(host());
+        Ok(Response::new(handshake))
     }
 
     async fn execute(
@@ -99,6 +103,16 @@ impl ExpertService for Experts {
             _abandoned: abandoned.drop_guard(),
         };
         Ok(Response::new(replies))
+    }
+}
+
+/// What this process runs on.
+fn host() -> v1::WorkerHost {
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    v1::WorkerHost {
+        clock_unix_millis: u64::try_from(clock.as_millis()).unwrap_or(u64::MAX),
+        available_memory_bytes: available_memory_bytes().unwrap_or(0),
+        isa: Isa::current().to_string(),
     }
 }
 

@@ -18,7 +18,8 @@ use tokio::task::JoinHandle as Task;
 use tonic_health::ServingStatus;
 
 use crate::{
-    ExpertSource, WorkerConfig, WorkerError,
+    ExpertSource, WorkerConfig, WorkerError, WorkerFigures,
+    admin::AdminDoor,
     compute::{Compute, RunExperts},
     holdings::Holdings,
     identity::identify,
@@ -38,6 +39,7 @@ const TLS_FLAGS: &str = "--tls-cert, --tls-key and --tls-ca";
 pub struct Worker {
     address: Address,
     shutdown: Shutdown,
+    figures: AdminDoor,
     server: Option<Task<Result<(), WorkerError>>>,
     compute: Option<JoinHandle<()>>,
     // Before the data plane: no file tells of a door that is closed.
@@ -158,6 +160,11 @@ impl Worker {
         self.data_plane.handle()
     }
 
+    /// What it is doing, for Prometheus.
+    pub fn figures(&self) -> WorkerFigures {
+        WorkerFigures(self.figures.clone())
+    }
+
     /// What ends it.
     pub fn shutdown(&self) -> &Shutdown {
         &self.shutdown
@@ -204,6 +211,7 @@ struct Listening {
     data_plane: DataPlane,
     loaded: Arc<OnceLock<Loaded>>,
     health: server::Health,
+    figures: AdminDoor,
     server: Task<Result<(), WorkerError>>,
 }
 
@@ -237,7 +245,7 @@ impl Listening {
         let preparing = server::prepare(listener, admin, shutdown.clone(), &options);
         let (prepared, socket) = data_plane.handle().block_on(preparing)?;
         let server = data_plane.handle().spawn(prepared.run);
-        let (loaded, health) = (prepared.loaded, prepared.health);
+        let (loaded, health, figures) = (prepared.loaded, prepared.health, prepared.figures);
         Ok(Self {
             options,
             address,
@@ -246,6 +254,7 @@ impl Listening {
             data_plane,
             loaded,
             health,
+            figures,
             server,
         })
     }
@@ -312,6 +321,7 @@ impl Listening {
         Ok(Worker {
             address: self.address,
             shutdown: self.shutdown,
+            figures: self.figures,
             server: Some(self.server),
             compute: Some(thread),
             _socket: self.socket,

@@ -15,7 +15,7 @@ pub(crate) use self::{
     plan::{BenchPlanArgs, PlanArgs},
 };
 use crate::{
-    settings::{ClusterFlags, DoorFlags, ServingFlags},
+    settings::{ClusterFlags, DiscoveryFlags, DoorFlags, ServingFlags},
     size::ByteSize,
 };
 
@@ -109,6 +109,8 @@ pub(crate) enum Command {
     Rebalance(RebalanceArgs),
     /// Ask a health door; exit code 0 if it says that all is well
     Health(HealthArgs),
+    /// Check this host, the settings and each link to a worker; exit code 1 if anything is wrong
+    Doctor(DoctorArgs),
     /// Continue a prompt and stream the text to the terminal
     Generate(GenerateArgs),
     /// One forward pass over a batch of token ids: logits, and all that happens between, as safetensors
@@ -154,6 +156,11 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) health_addr: Option<String>,
 
+    /// Address of a door for Prometheus, plain HTTP with GET /metrics: figures and addresses of workers, nothing that anybody
+    /// said; HOST:PORT, where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics_addr: Option<String>,
+
     #[command(flatten)]
     pub(crate) door: DoorFlags,
 }
@@ -180,6 +187,9 @@ pub(crate) struct GatewayArgs {
     pub(crate) placement_replicas: Option<usize>,
 
     #[command(flatten)]
+    pub(crate) discovery: DiscoveryFlags,
+
+    #[command(flatten)]
     pub(crate) cluster: ClusterFlags,
 
     /// Address of the gRPC door, HOST:PORT, where port 0 takes a free one, or unix:/PATH [default: 127.0.0.1:50051]
@@ -198,6 +208,11 @@ pub(crate) struct GatewayArgs {
     /// where port 0 takes a free one [default: none]
     #[arg(long, value_name = "ADDR")]
     pub(crate) health_addr: Option<String>,
+
+    /// Address of a door for Prometheus, plain HTTP with GET /metrics: figures and addresses of workers, nothing that anybody
+    /// said; HOST:PORT, where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics_addr: Option<String>,
 
     #[command(flatten)]
     pub(crate) door: DoorFlags,
@@ -221,6 +236,20 @@ pub(crate) struct WorkerArgs {
     /// where port 0 takes a free one [default: none]
     #[arg(long, value_name = "ADDR")]
     pub(crate) health_addr: Option<String>,
+
+    /// Address of a door for Prometheus, plain HTTP with GET /metrics: figures and addresses of workers, nothing that anybody
+    /// said; HOST:PORT, where port 0 takes a free one [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics_addr: Option<String>,
+
+    /// Say that this worker is there, from when it holds its experts until it drains, to a gateway's --registry-addr,
+    /// HOST:PORT or unix:/PATH, or to etcd:HOST:PORT[+HOST:PORT…][/PREFIX]; once for each
+    #[arg(long, value_name = "ADDR", help_heading = "Discovery")]
+    pub(crate) register: Vec<String>,
+
+    /// Where gateways reach this worker [default: where it listens, which must then be one address]
+    #[arg(long, value_name = "ADDR", help_heading = "Discovery")]
+    pub(crate) advertise: Option<String>,
 
     /// I/N: experts i with i mod N = I, in every layer; slice:I/N: the I-th of N runs of blocks of every expert; I from 0,
     /// or the word ordinal for the number that this host's name ends in, as in ordinal/4; several with commas between
@@ -263,6 +292,42 @@ pub(crate) struct HealthArgs {
     /// How long to wait for the answer
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) timeout: u64,
+}
+
+/// `moerun doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) serving: ServingFlags,
+
+    /// Address of a worker, HOST:PORT or unix:/PATH; once for each
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) worker: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) discovery: DiscoveryFlags,
+
+    #[command(flatten)]
+    pub(crate) cluster: ClusterFlags,
+
+    /// Address of the gateway's gRPC door [default: 127.0.0.1:50051]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) grpc_addr: Option<String>,
+
+    /// Address of its health door
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) health_addr: Option<String>,
+
+    /// Address of its door for Prometheus
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics_addr: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) door: DoorFlags,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `moerun generate`.

@@ -5,6 +5,7 @@ mod bench;
 mod certs;
 mod chaos;
 mod convert;
+mod doctor;
 mod forward;
 mod gateway;
 mod generate;
@@ -26,6 +27,7 @@ use std::{
 
 use anyhow::Context;
 use moerun_kernels::{Isa, IsaError, keep_freed_memory};
+use moerun_metrics::MetricsDoor;
 use moerun_process::{Exit, Shutdown, Supervision, TelemetryError, init_telemetry};
 use moerun_transport::TransportError;
 use moerun_worker::WorkerError;
@@ -50,6 +52,7 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             Command::Resume(args) => done(admin::resume(args)),
             Command::Rebalance(args) => done(admin::rebalance(args)),
             Command::Health(args) => done(health::run(args)),
+            Command::Doctor(args) => doctor::run(args),
             Command::Generate(args) => done(generate::run(args)),
             Command::Forward(args) => done(forward::run(args)),
             Command::Inspect(args) => done(inspect::run(args)),
@@ -127,6 +130,17 @@ fn print_ready(address: impl Display, health: Option<SocketAddr>) -> io::Result<
     }
     writeln!(stdout)?;
     stdout.flush()
+}
+
+/// The door for Prometheus, if one is wanted.
+fn metrics_door(settings: &Settings, role: &'static str) -> anyhow::Result<Option<MetricsDoor>> {
+    let Some(address) = &settings.metrics_addr else {
+        return Ok(None);
+    };
+    let door = MetricsDoor::open(address, role, env!("CARGO_PKG_VERSION"))
+        .with_context(|| format!("metrics_addr: cannot listen on {address}"))?;
+    tracing::info!(address = %door.address(), "metrics");
+    Ok(Some(door))
 }
 
 /// What supervisors are told of this process, from now on.

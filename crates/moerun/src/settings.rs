@@ -1,5 +1,6 @@
 //! The settings of all serving commands: defaults < TOML file < environment < flags.
 
+mod discovery;
 mod environment;
 mod placement;
 mod security;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
 
+pub(crate) use discovery::DiscoveryFlags;
 pub(crate) use security::{ClusterFlags, DoorFlags};
 
 /// Flags that every serving command takes. A flag that is not given leaves the word to the environment
@@ -163,6 +165,9 @@ pub(crate) struct RoleFlags {
     /// Address of the health door.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) health_addr: Option<String>,
+    /// Address of the door for Prometheus.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) metrics_addr: Option<String>,
     /// Address of the admin service.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) admin_addr: Option<String>,
@@ -193,6 +198,15 @@ pub(crate) struct RoleFlags {
     /// Holders that every expert is to have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) placement_replicas: Option<usize>,
+    /// Where a worker says that it is there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) register: Vec<String>,
+    /// Where gateways reach a worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) advertise: Option<String>,
+    /// Where a gateway looks for workers.
+    #[serde(flatten)]
+    pub(crate) discovery: DiscoveryFlags,
     /// Between gateway and workers.
     #[serde(flatten)]
     pub(crate) cluster: ClusterFlags,
@@ -279,12 +293,26 @@ pub(crate) struct Settings {
     pub(crate) grpc_addr: String,
     /// Address of the health door; `None` = there is none.
     pub(crate) health_addr: Option<String>,
+    /// Address of the door for Prometheus; `None` = there is none.
+    pub(crate) metrics_addr: Option<String>,
     /// Address of the admin service; `None` = beside the other services, if those are on loopback or a Unix socket.
     pub(crate) admin_addr: Option<String>,
     /// Worker processes to start.
     pub(crate) workers: usize,
     /// Addresses of workers.
     pub(crate) worker: Vec<String>,
+    /// Places to look for workers.
+    pub(crate) discover: Vec<String>,
+    /// Seconds between two looks at a name.
+    pub(crate) discover_interval: u64,
+    /// Name server; `None` = the system's.
+    pub(crate) dns_server: Option<String>,
+    /// Address where workers register; `None` = they do not.
+    pub(crate) registry_addr: Option<String>,
+    /// Where a worker says that it is there.
+    pub(crate) register: Vec<String>,
+    /// Where gateways reach a worker; `None` = where it listens.
+    pub(crate) advertise: Option<String>,
     /// Address a worker listens on.
     pub(crate) listen: String,
     /// Shard of a worker.
@@ -351,9 +379,16 @@ impl Default for Settings {
             log_level: None,
             grpc_addr: "127.0.0.1:50051".to_owned(),
             health_addr: None,
+            metrics_addr: None,
             admin_addr: None,
             workers: 0,
             worker: Vec::new(),
+            discover: Vec::new(),
+            discover_interval: 5,
+            dns_server: None,
+            registry_addr: None,
+            register: Vec::new(),
+            advertise: None,
             listen: "127.0.0.1:50061".to_owned(),
             shard: None,
             replicas: 1,
@@ -431,6 +466,12 @@ impl Settings {
             ("max_queue", Some(self.max_queue), 1, 1 << 20),
             ("speculate", Some(self.speculate), 0, 256),
             ("canary_interval", usize::try_from(self.canary_interval).ok(), 1, 86_400),
+            (
+                "discover_interval",
+                usize::try_from(self.discover_interval).ok(),
+                1,
+                3600,
+            ),
             ("max_connections", Some(self.max_connections), 1, 1 << 20),
             ("max_answer_tokens", self.max_answer_tokens, 1, u32::MAX as usize),
         ];

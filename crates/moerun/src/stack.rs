@@ -1,20 +1,27 @@
 //! Building the parts of a gateway, bottom up: checkpoint, memory, pool, model, experts, engine, text.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
+use moerun_discovery::{Discovery, DiscoveryFigures};
 use moerun_dispatch::{
-    ExpertBackend, LocalConfig, LocalExperts, LocalWorkers, LocalWorkersConfig, RemoteConfig, RemoteExperts,
-    local_shards,
+    DispatchFigures, ExpertBackend, LocalConfig, LocalExperts, LocalWorkers, LocalWorkersConfig, RemoteConfig,
+    RemoteExperts, local_shards,
 };
 use moerun_engine::{Engine, EngineConfig};
-use moerun_gateway::{Gateway, GatewayParts, TextCodec};
+use moerun_gateway::{Gateway, GatewayFigures, GatewayParts, TextCodec};
 use moerun_kernels::{CpuPool, flush_denormals};
+use moerun_metrics::MetricsDoor;
 use moerun_model::{ExpertBank, KvCache, Model};
 use moerun_process::{Address, LoadProgress, SocketFolder, available_threads, threads_per_worker};
 use moerun_transport::ClientProtection;
 use moerun_types::{BlockRange, ExpertId, ExpertSlice, ModelConfig, NumberFormat, Numerics, default_combine_block};
 use moerun_weights::{Checkpoint, MemoryNeed, Needs, available_memory_bytes};
+use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
     settings::{Settings, SettingsError, Switch},
@@ -49,6 +56,8 @@ pub(crate) struct Experts {
     kv_memory_bytes: u64,
     max_context: usize,
     _workers: Option<StartedWorkers>,
+    /// Finds workers for as long as it is here.
+    discovery: Option<Arc<Discovery>>,
 }
 
 /// Worker processes, and the folder of their sockets, which goes after them.
@@ -62,8 +71,8 @@ enum Place {
     Here,
     /// In processes that this one starts.
     Local(usize),
-    /// In workers that already run.
-    Remote(Vec<String>),
+    /// In workers that already run, or will.
+    Remote(Vec<String>, Option<Discovery>),
 }
 
 impl Experts {
@@ -93,17 +102,23 @@ impl Experts {
         } else {
             Place::Local(settings.workers)
         };
-        Self::start_at(settings, place)
+        Self::start_at(settings, place, None)
     }
 
-    /// Loads the model and connects to the workers named in `settings.worker`.
-    pub(crate) fn connect(settings: &Settings) -> anyhow::Result<Self> {
-        Self::start_at(settings, Place::Remote(settings.worker.clone()))
+    /// Loads the model and connects to the workers named in `settings.worker`, and to those that are found on `runtime`.
+    pub(crate) fn connect(settings: &Settings, runtime: &Handle) -> anyhow::Result<Self> {
+        let discovery = if settings.finds_workers() {
+            Some(Discovery::start(settings.discovery()?, runtime)?)
+        } else {
+            None
+        };
+        let place = Place::Remote(settings.worker.clone(), discovery);
+        Self::start_at(settings, place, Some(runtime))
     }
 
-    fn start_at(settings: &Settings, place: Place) -> anyhow::Result<Self> {
+    fn start_at(settings: &Settings, place: Place, runtime: Option<&Handle>) -> anyhow::Result<Self> {
         let dir = settings.model_dir()?;
-        let needs = if matches!(place, Place::Remote(_)) {
+        let needs = if matches!(place, Place::Remote(..)) {
             Needs::GatewayOnly
         } else {
             Needs::All
@@ -115,16 +130,17 @@ impl Experts {
                 tracing::warn!("a dense model has no experts: no worker process is started");
                 Place::Here
             }
-            Place::Remote(_) if config.moe.is_none() => bail!("{}: a dense model has no experts", dir.display()),
-            Place::Remote(workers) if workers.is_empty() => {
-                let none = "no workers given: wanted --worker ADDR, MOERUN_WORKER or worker = [\"ADDR\"] in --config";
+            Place::Remote(..) if config.moe.is_none() => bail!("{}: a dense model has no experts", dir.display()),
+            Place::Remote(workers, None) if workers.is_empty() => {
+                let none = "no workers given: wanted --worker ADDR, MOERUN_WORKER or worker = [\"ADDR\"] in --config; or \
+                            --discover or --registry-addr, to find them";
                 return Err(SettingsError(none.to_owned()).into());
             }
             place => place,
         };
         let numerics = numerics(settings, &checkpoint)?;
         let max_context = max_context(settings, config)?;
-        let experts_on_this_machine = !matches!(place, Place::Remote(_));
+        let experts_on_this_machine = !matches!(place, Place::Remote(..));
         checkpoint.check_format(numerics.format)?;
         let weights = Weights {
             need: MemoryNeed::of(config, numerics.format),
@@ -138,7 +154,7 @@ impl Experts {
 
         let workers = match &place {
             Place::Local(count) => Some(start_workers(settings, dir, config, numerics, *count)?),
-            Place::Here | Place::Remote(_) => None,
+            Place::Here | Place::Remote(..) => None,
         };
         flush_denormals(); // norms and gates run on this thread where a command drives the model itself
         let pool = Arc::new(CpuPool::new(settings.threads.unwrap_or_else(available_threads)));
@@ -147,13 +163,13 @@ impl Experts {
             loading.update(done, total)
         })?;
         loading.finish();
-        let remote = match place {
-            Place::Here => None,
-            Place::Local(_) | Place::Remote(_) => {
-                let addresses = match (&workers, place) {
-                    (Some(workers), _) => workers.processes.addresses().to_vec(),
-                    (None, Place::Remote(addresses)) => addresses,
-                    (None, _) => Vec::new(),
+        let (remote, discovery) = match place {
+            Place::Here => (None, None),
+            Place::Local(_) | Place::Remote(..) => {
+                let (addresses, discovery) = match (&workers, place) {
+                    (Some(workers), _) => (workers.processes.addresses().to_vec(), None),
+                    (None, Place::Remote(addresses, discovery)) => (addresses, discovery.map(Arc::new)),
+                    (None, _) => (Vec::new(), None),
                 };
                 // Our own workers are on this host, whatever certificates others are dialled with.
                 let protection = match &workers {
@@ -161,6 +177,7 @@ impl Experts {
                     None => settings.dial_protection()?,
                 };
                 let remote = RemoteConfig {
+                    found_later: discovery.is_some(),
                     protection,
                     startup_timeout: START_UP_TIMEOUT,
                     on_expert_loss: settings.on_expert_loss,
@@ -175,11 +192,13 @@ impl Experts {
                         .patience(computing_threads(settings, &addresses), available_threads()),
                     ..RemoteConfig::new(addresses)
                 };
-                Some(Arc::new(RemoteExperts::connect(
-                    remote,
-                    Arc::clone(&checkpoint),
-                    numerics,
-                )?))
+                let remote = Arc::new(RemoteExperts::open(remote, Arc::clone(&checkpoint), numerics)?);
+                if let (Some(discovery), Some(runtime)) = (&discovery, runtime) {
+                    runtime.spawn(follow(discovery.workers(), Arc::downgrade(&remote)));
+                    tracing::info!("waiting until all experts are held");
+                }
+                remote.wait_until_held()?;
+                (Some(remote), discovery)
             }
         };
         let backend: Arc<dyn ExpertBackend> = match &remote {
@@ -198,7 +217,20 @@ impl Experts {
             kv_memory_bytes,
             max_context,
             _workers: workers,
+            discovery,
         })
+    }
+}
+
+/// Makes each list of workers the members, as long as there is somebody to have them.
+async fn follow(mut found: watch::Receiver<Vec<String>>, experts: Weak<RemoteExperts>) {
+    found.mark_changed(); // what was found before anybody looked
+    while found.changed().await.is_ok() {
+        let Some(experts) = experts.upgrade() else { return };
+        let workers = found.borrow_and_update().clone();
+        if let Err(error) = experts.set_workers(&workers) {
+            tracing::error!("the workers stay as they were: {error}");
+        }
     }
 }
 
@@ -207,7 +239,7 @@ pub(crate) struct Serving {
     /// Text in, text out.
     pub(crate) gateway: Arc<Gateway>,
     _engine: Engine,
-    _experts: Experts,
+    experts: Experts,
 }
 
 impl Serving {
@@ -231,8 +263,21 @@ impl Serving {
         Ok(Serving {
             gateway: Arc::new(gateway),
             _engine: engine,
-            _experts: experts,
+            experts,
         })
+    }
+}
+
+impl Serving {
+    /// Shows its figures, and those of its workers and their sources.
+    pub(crate) fn show(&self, door: &MetricsDoor) {
+        door.show(GatewayFigures::new(Arc::clone(&self.gateway)));
+        if let Some(experts) = &self.experts.remote {
+            door.show(DispatchFigures::new(Arc::clone(experts)));
+        }
+        if let Some(discovery) = &self.experts.discovery {
+            door.show(DiscoveryFigures::new(Arc::clone(discovery)));
+        }
     }
 }
 
@@ -256,7 +301,7 @@ fn computing_threads(settings: &Settings, workers: &[String]) -> usize {
 }
 
 /// What gateway and workers must agree on.
-fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Result<Numerics, SettingsError> {
+pub(crate) fn numerics(settings: &Settings, checkpoint: &Checkpoint) -> Result<Numerics, SettingsError> {
     let intermediate = checkpoint.config().moe.as_ref().map_or(0, |moe| moe.intermediate);
     Numerics::checked(
         settings.weights.unwrap_or_else(|| checkpoint.default_format()),

@@ -260,6 +260,7 @@ fn row_27_messages_between_gateway_and_worker() {
         dense_header_hash: String::new(),
         router_hash: "c".repeat(64),
         numerics_id: limits.numerics.id(),
+        host: None,
         held: vec![held.clone(), held],
     };
     mutations("HandshakeResponse", &[handshake.encode_to_vec()], |bytes| {

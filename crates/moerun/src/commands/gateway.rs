@@ -6,6 +6,7 @@ use anyhow::Context;
 use moerun_gateway::grpc::{self, LogPrompts, ServeSettings};
 use moerun_process::{Address, Exit, Shutdown, bind_admin, count_panics};
 use moerun_transport::{ConnectionLimits, bind};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::warn_of_plaintext;
@@ -25,10 +26,15 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Exit> {
         admin_addr: args.admin_addr.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
+        metrics_addr: args.metrics_addr.clone(),
         door: args.door.clone(),
         ..RoleFlags::default()
     };
-    serve_experts(Settings::load(&args.serving, &role)?, Experts::start, false)
+    serve_experts(
+        Settings::load(&args.serving, &role)?,
+        |settings, _| Experts::start(settings),
+        false,
+    )
 }
 
 /// Runs `moerun gateway`.
@@ -37,9 +43,11 @@ pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
         worker: args.worker.clone(),
         placement: args.placement.clone(),
         placement_replicas: args.placement_replicas,
+        discovery: args.discovery.clone(),
         admin_addr: args.admin_addr.clone(),
         grpc_addr: args.grpc_addr.clone(),
         health_addr: args.health_addr.clone(),
+        metrics_addr: args.metrics_addr.clone(),
         cluster: args.cluster.clone(),
         door: args.door.clone(),
         ..RoleFlags::default()
@@ -53,7 +61,7 @@ pub(crate) fn gateway(args: &GatewayArgs) -> anyhow::Result<Exit> {
 
 fn serve_experts(
     mut settings: Settings,
-    start: fn(&Settings) -> anyhow::Result<Experts>,
+    start: fn(&Settings, &Handle) -> anyhow::Result<Experts>,
     exit_with_parent: bool,
 ) -> anyhow::Result<Exit> {
     super::start_logging(&mut settings, "info")?;
@@ -81,9 +89,13 @@ fn serve_experts(
         with_admin: admin.is_none() && bound.is_on_this_host(),
         ..door
     };
+    let metrics = super::metrics_door(&settings, "gateway")?;
     let supervision = super::supervise(&settings, &shutdown)?;
     supervision.watch(runtime.handle());
-    let serving = Serving::start(&settings, start(&settings)?)?;
+    let serving = Serving::start(&settings, start(&settings, runtime.handle())?)?;
+    if let Some(door) = &metrics {
+        serving.show(door);
+    }
     runtime.block_on(async {
         let drain = CancellationToken::new();
         let serving_door = grpc::serve(listener, serving.gateway.clone(), door, drain.clone());

@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 
 use anyhow::Context;
+use moerun_discovery::Registration;
+use moerun_metrics::MetricsDoor;
 use moerun_process::{Address, Exit, Shutdown, Supervision, available_threads, count_panics};
 use moerun_routing::ShardSpec;
 use moerun_transport::{ClientProtection, ServerProtection};
@@ -23,16 +25,20 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
     let role = RoleFlags {
         listen: args.listen.clone(),
         health_addr: args.health_addr.clone(),
+        metrics_addr: args.metrics_addr.clone(),
         admin_addr: args.admin_addr.clone(),
         shard: args.shard.clone(),
         replicas: args.replicas,
         experts: args.experts.clone(),
         expert_memory: args.expert_memory,
+        register: args.register.clone(),
+        advertise: args.advertise.clone(),
         cluster: args.cluster.clone(),
         ..RoleFlags::default()
     };
     let mut settings = Settings::load(&args.serving, &role)?;
     super::start_logging(&mut settings, "info")?;
+    settings.registrations()?; // before anything is loaded
     let threads = settings.threads.unwrap_or_else(available_threads);
     let cores = available_threads();
     // A gateway on this host computes too.
@@ -73,19 +79,38 @@ pub(crate) fn run(args: &WorkerArgs) -> anyhow::Result<Exit> {
         }
         shutdown.drain_with_parent().context("standard input")?;
     }
+    let metrics = super::metrics_door(&settings, "worker")?;
     let supervision = super::supervise(&settings, &shutdown)?;
-    let outcome = serve(&config, &shutdown, &supervision);
+    let outcome = serve(&settings, &config, &shutdown, &supervision, metrics.as_ref());
     shutdown.remove_leftovers();
     outcome
 }
 
-fn serve(config: &WorkerConfig, shutdown: &Shutdown, supervision: &Supervision) -> anyhow::Result<Exit> {
+fn serve(
+    settings: &Settings,
+    config: &WorkerConfig,
+    shutdown: &Shutdown,
+    supervision: &Supervision,
+    metrics: Option<&MetricsDoor>,
+) -> anyhow::Result<Exit> {
     let worker = Worker::start(config, shutdown.clone())?;
+    if let Some(door) = metrics {
+        door.show(worker.figures());
+    }
     supervision.watch(worker.runtime());
     shutdown.begin();
     supervision.ready();
     super::print_ready(worker.address(), supervision.address())?;
-    worker.wait()?;
+    let registration = settings
+        .registration(worker.address())?
+        .map(|it| Registration::start(it, shutdown.clone()))
+        .transpose()?;
+    let ended = worker.wait();
+    if let Some(registration) = registration {
+        shutdown.drain(); // also where the worker ended by itself
+        registration.wait();
+    }
+    ended?;
     Ok(shutdown.exit())
 }
 
