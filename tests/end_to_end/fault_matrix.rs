@@ -4,6 +4,7 @@
 
 mod chaos;
 mod clock;
+mod degraded;
 mod disk;
 mod gateway_faults;
 mod identity;

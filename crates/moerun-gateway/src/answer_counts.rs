@@ -9,6 +9,7 @@ pub(crate) struct AnswerCounts {
     finished: AtomicU64,
     failed: AtomicU64,
     cancelled: AtomicU64,
+    degraded: AtomicU64,
 }
 
 /// How the answers of a gateway ended, since it started.
@@ -22,6 +23,8 @@ pub struct AnswerStats {
     pub failed: u64,
     /// Answers that their client gave up.
     pub cancelled: u64,
+    /// Answers for which an expert was left out, whether or not they are over.
+    pub degraded: u64,
 }
 
 /// How an answer ended.
@@ -40,6 +43,11 @@ impl AnswerCounts {
         self.begun.fetch_add(1, Relaxed);
     }
 
+    /// An expert was left out for an answer; told once of each.
+    pub(crate) fn degraded(&self) {
+        self.degraded.fetch_add(1, Relaxed);
+    }
+
     pub(crate) fn end(&self, how: AnswerEnd) {
         let count = match how {
             AnswerEnd::Finished => &self.finished,
@@ -55,6 +63,7 @@ impl AnswerCounts {
             finished: self.finished.load(Relaxed),
             failed: self.failed.load(Relaxed),
             cancelled: self.cancelled.load(Relaxed),
+            degraded: self.degraded.load(Relaxed),
         }
     }
 }
