@@ -36,6 +36,9 @@ mod admission;
 mod local_shards;
 mod local_workers;
 
+#[cfg(test)]
+mod simulation;
+
 pub use backend::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
 pub use connector::Connector;
 pub use error::DispatchError;

@@ -313,6 +313,7 @@ impl Shared {
                     tracing::info!(worker = member.address(), "worker is connected");
                     let _ = news.send(News::Admitted).await; // fails once the start is over
                     let reason = tokio::select! {
+                        biased;
                         reason = connected.run() => reason,
                         never = self.canary.watch(&self.core, &member) => match never {},
                     };

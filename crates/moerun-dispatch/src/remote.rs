@@ -124,7 +124,13 @@ impl RemoteExperts {
         let data_plane = DataPlane::start("moerun-dispatch").map_err(|error| start_error(&error))?;
         let admission = Arc::new(Admission::new(Arc::clone(&checkpoint), numerics));
         let num_blocks = admission.limits().num_blocks;
-        let canary = Canary::new(Arc::clone(&checkpoint), numerics, num_blocks, config.canary_interval);
+        let canary = Canary::new(
+            Arc::clone(&checkpoint),
+            numerics,
+            num_blocks,
+            config.canary_interval,
+            config.connector.clone(),
+        );
         let local = config.local.map(|LocalConfig { pool, max_bytes }| {
             Arc::new(LocalResort::new(checkpoint, numerics, num_blocks, pool, max_bytes))
         });

@@ -8,6 +8,7 @@
 mod admin;
 mod compute;
 mod config;
+mod connections;
 mod error;
 mod identity;
 mod memory;
@@ -17,6 +18,7 @@ mod service;
 mod worker;
 
 pub use config::WorkerConfig;
+pub use connections::serve_connections;
 pub use error::WorkerError;
 pub use identity::identify;
 pub use worker::{ServeOptions, Worker};

@@ -110,19 +110,8 @@ pub(crate) async fn prepare(
         // Ends with `closing`; the runtime's end awaits it.
         tokio::spawn(admin::serve(listener, door, closing.clone()));
     }
-    let expert_service = ExpertServiceServer::new(experts)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
-    let router = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(MAX_FRAME_BYTES)
-        .max_concurrent_streams(256)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(expert_service)
+    let router = builder()
+        .add_service(expert_service(experts))
         .add_service(health_service)
         .add_optional_service(beside)
         .add_service(reflection().build_v1().map_err(reflection_error)?)
@@ -143,6 +132,26 @@ pub(crate) async fn prepare(
     let server = router.serve_with_incoming_shutdown(incoming, closed);
     let run: Serving = Box::pin(end.serve_until_shutdown(server));
     Ok((ExpertsServer { loaded, health, run }, socket))
+}
+
+/// What every connection of a gateway has.
+pub(crate) fn builder() -> Server {
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(256)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+}
+
+/// The service with its limits.
+pub(crate) fn expert_service(experts: Experts) -> ExpertServer {
+    ExpertServiceServer::new(experts)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_HANDSHAKE_BYTES)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -212,7 +221,7 @@ fn ended_by_itself(ended: Result<(), tonic::transport::Error>) -> WorkerError {
     }
 }
 
-fn server_error(error: tonic::transport::Error) -> WorkerError {
+pub(crate) fn server_error(error: tonic::transport::Error) -> WorkerError {
     WorkerError::Server {
         reason: format!("{error:?}"),
     }
