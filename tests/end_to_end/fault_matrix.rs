@@ -10,7 +10,6 @@ mod gateway_faults;
 mod identity;
 mod lost_worker;
 mod memory;
-mod mutations;
 mod planted;
 
 use std::{
