@@ -8,8 +8,10 @@ mod degraded;
 mod disk;
 mod gateway_faults;
 mod identity;
+mod links;
 mod lost_worker;
 mod memory;
+mod not_finite;
 mod planted;
 
 use std::{
