@@ -41,7 +41,7 @@ pub(crate) fn targets() -> Vec<Target> {
         .expect("a runtime");
     let worker = Worker::load();
     let input = runtime.block_on(worker.recorded());
-    assert!(input.len() > 300, "what a client says: {input:?}");
+    assert!(input.len() > 200, "what a client says: {input:?}");
     vec![Target::new("connection", Form::Bytes, vec![input], move |bytes| {
         worker.hear(&runtime, bytes)
     })]

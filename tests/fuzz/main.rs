@@ -42,6 +42,8 @@ const HANGS: Duration = Duration::from_secs(20);
 const MOST_BYTES: usize = 256 << 20;
 const MOST_TIMES_INPUT: usize = 256;
 
+type Parse = Box<dyn FnMut(&[u8])>;
+
 /// A parser and what it is given.
 struct Target {
     name: &'static str,
@@ -49,7 +51,7 @@ struct Target {
     form: Form,
     /// Valid inputs.
     inputs: Vec<Vec<u8>>,
-    parse: Box<dyn FnMut(&[u8])>,
+    parse: Parse,
 }
 
 impl Target {
