@@ -4,14 +4,16 @@
 
 mod chaos;
 mod clock;
+mod degraded;
 mod discovery;
 mod disk;
 mod gateway_faults;
 mod identity;
+mod links;
 mod live;
 mod lost_worker;
 mod memory;
-mod mutations;
+mod not_finite;
 mod planted;
 
 use std::{

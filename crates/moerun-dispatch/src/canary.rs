@@ -14,12 +14,11 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{
     sync::mpsc,
-    task::spawn_blocking,
     time::{sleep, timeout},
 };
 
 use crate::{
-    DispatchError,
+    Connector, DispatchError,
     core::Core,
     link::Waiter,
     local_resort::LocalResort,
@@ -43,11 +42,18 @@ pub(crate) struct Canary {
     numerics: Numerics,
     hidden: usize,
     interval: Duration,
+    connector: Connector,
 }
 
 impl Canary {
     /// Asks each worker once every `interval`.
-    pub(crate) fn new(checkpoint: Arc<Checkpoint>, numerics: Numerics, num_blocks: usize, interval: Duration) -> Self {
+    pub(crate) fn new(
+        checkpoint: Arc<Checkpoint>,
+        numerics: Numerics,
+        num_blocks: usize,
+        interval: Duration,
+        connector: Connector,
+    ) -> Self {
         let hidden = checkpoint.config().hidden;
         // One thread and no memory of experts: it is not to be noticed.
         let pool = Arc::new(CpuPool::new(1));
@@ -56,6 +62,7 @@ impl Canary {
             numerics,
             hidden,
             interval,
+            connector,
         }
     }
 
@@ -163,7 +170,10 @@ impl Canary {
         };
         if self.reference.has(slice.layer, slice.expert) {
             let (reference, activations, work) = (Arc::clone(&self.reference), self.input(slice), work(slice));
-            let expected = spawn_blocking(move || reference.run(slice.layer, &activations, &work)).await;
+            let expected = self
+                .connector
+                .aside(move || reference.run(slice.layer, &activations, &work))
+                .await;
             return match expected {
                 Ok(Ok(expected)) => !agree(&found, &expected),
                 Ok(Err(_)) | Err(_) => false,

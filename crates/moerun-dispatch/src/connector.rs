@@ -3,6 +3,7 @@
 use std::{fmt, pin::Pin, sync::Arc};
 
 use moerun_transport::Dial;
+use tokio::task::{JoinError, spawn_blocking};
 use tonic::transport::{Channel, Endpoint, Error};
 
 type Connecting = Pin<Box<dyn Future<Output = Result<Channel, Error>> + Send>>;
@@ -27,6 +28,18 @@ impl Connector {
     /// By `connect`, which is given the worker's address and the endpoint with all its settings.
     pub fn new(connect: impl Fn(&str, Endpoint) -> Connecting + Send + Sync + 'static) -> Self {
         Self(How::Given(Arc::new(connect)))
+    }
+
+    /// Runs work that takes a while, on a thread for that; at once where the network is not the system's, since simulated
+    /// time waits for nobody's thread and a run must be the same again.
+    pub(crate) async fn aside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        match &self.0 {
+            How::Sockets => spawn_blocking(work).await,
+            How::Given(_) => Ok(work()),
+        }
     }
 
     /// One transport; `dial` is that of this attempt, which remembers why it was turned away.

@@ -22,6 +22,9 @@ const OVERDUE_FACTOR: u32 = 8;
 /// … but not sooner than this.
 const OVERDUE_FLOOR: Duration = Duration::from_millis(300);
 
+/// A stall is forgiven, but not another one within this time.
+const FORGIVEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
+
 /// Whether a worker is to be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
@@ -43,6 +46,8 @@ pub(crate) struct Health {
     told_ejected: bool,
     assignments_in_flight: u64,
     last_answer: Option<Instant>,
+    /// When slowness was last forgiven.
+    forgiven: Option<Instant>,
 }
 
 impl Health {
@@ -54,6 +59,7 @@ impl Health {
             told_ejected: false,
             assignments_in_flight: 0,
             last_answer: None,
+            forgiven: None,
         }
     }
 
@@ -87,11 +93,18 @@ impl Health {
     /// Something came from the worker, so it is not suspect any more. Returns when something last had, and whether it was.
     pub(crate) fn answered(&mut self, now: Instant) -> (Option<Instant>, bool) {
         let was_suspect = std::mem::replace(&mut self.suspect, false);
-        if was_suspect {
-            // Else it would get no calls, and so could not show that it is well again, until the average has decayed.
+        if was_suspect && self.forgiven.is_none_or(|at| now >= at + FORGIVEN_AGAIN_AFTER) {
+            // Else it would get no calls, and so could not show that it is well again, until the average has decayed. But who
+            // stalls again and again is slow, and is to be asked less.
             self.latencies.iter_mut().for_each(Latency::forgive);
+            self.forgiven = Some(now);
         }
         (self.last_answer.replace(now), was_suspect)
+    }
+
+    /// A call that was given up was answered well after all: the worker is slow, not silent.
+    pub(crate) fn answered_late(&mut self) {
+        self.ejection.answered_late();
     }
 
     /// A call was answered well, `took` after it was sent or the worker answered the one before.
@@ -177,6 +190,23 @@ mod tests {
         assert_eq!(health.answered(now + 1000 * MS), (None, true));
         assert_eq!(health.standing(now + 1000 * MS), Standing::Good);
         assert_eq!(health.answered(now + 1001 * MS), (Some(now + 1000 * MS), false));
+    }
+
+    #[test]
+    fn one_stall_is_forgiven_and_the_next_soon_after_it_is_not() {
+        let begun = Instant::now();
+        let mut health = Health::new(begun);
+        for _ in 0..128 {
+            health.succeeded(begun, SizeClass::Small, MS);
+        }
+        let mut stall = |at: Instant| {
+            health.overdue(at, SizeClass::Small, 300 * MS);
+            health.answered(at);
+            health.cost(at, SizeClass::Small)
+        };
+        assert_eq!(stall(begun), 0.001);
+        assert_eq!(stall(begun + 1000 * MS), 0.3);
+        assert_eq!(stall(begun + FORGIVEN_AGAIN_AFTER), 0.001);
     }
 
     #[test]

@@ -41,6 +41,9 @@ mod examine;
 mod local_shards;
 mod local_workers;
 
+#[cfg(test)]
+mod simulation;
+
 pub use backend::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
 pub use connector::Connector;
 pub use error::DispatchError;

@@ -1,6 +1,6 @@
 //! The state of one worker's connection: up with its waiters, or down with a reason.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use moerun_proto::v1;
 use parking_lot::Mutex;
@@ -59,7 +59,8 @@ enum Connection {
     Up {
         requests: mpsc::Sender<v1::ExecuteRequest>,
         protocol_version: u32,
-        waiters: HashMap<u64, Waiter>,
+        /// By id, so that those who are told of an end are told in order.
+        waiters: BTreeMap<u64, Waiter>,
     },
     Down {
         reason: String,
@@ -161,7 +162,7 @@ impl Link {
         self.state.lock().connection = Connection::Up {
             requests,
             protocol_version,
-            waiters: HashMap::new(),
+            waiters: BTreeMap::new(),
         };
     }
 

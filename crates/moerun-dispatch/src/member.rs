@@ -253,7 +253,11 @@ impl Member {
                 None
             }
         };
-        tracing::debug!(worker = self.address, reason = reason.name(), "a call failed");
+        if reason.is_alarming() {
+            tracing::warn!(worker = self.address, reason = reason.name(), "a call failed");
+        } else {
+            tracing::debug!(worker = self.address, reason = reason.name(), "a call failed");
+        }
         if let Some(length) = ejected {
             self.counters.ejections.add(1);
             tracing::warn!(
@@ -336,6 +340,9 @@ impl Member {
         match addressee {
             Addressee::Waiting(waiter) => waiter.arrive(now, previous, Ok(response)),
             Addressee::Nobody => {
+                if response.status() == v1::ExecuteStatus::Ok {
+                    self.health.lock().answered_late();
+                }
                 self.counters.late_answers.add(1);
                 tracing::debug!(
                     worker = self.address,
@@ -396,6 +403,7 @@ impl Member {
             late_answers: counters.late_answers.get(),
             ejections: counters.ejections.get(),
             suspicions: counters.suspicions.get(),
+            disconnections: counters.disconnections.get(),
             canary_failures: counters.canary_failures.get(),
             assignments_in_flight: health.in_flight(),
             ewma: small.average_secs(now).map(Duration::from_secs_f64),
@@ -418,6 +426,7 @@ impl Connected {
     pub(crate) async fn run(mut self) -> String {
         let member = Arc::clone(&self.member);
         self.reason = tokio::select! {
+            biased;
             reason = self.deliver_all() => reason,
             reason = member.is_cut() => reason,
             never = member.probe() => match never {},
@@ -442,6 +451,7 @@ impl Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
+        self.member.counters.disconnections.add(1);
         let now = Instant::now();
         *self.member.control.lock() = Control::default();
         for waiter in self.member.link.down(&self.reason) {

@@ -378,6 +378,7 @@ impl Shared {
                     self.changed.notify_one();
                     let _ = news.send(News::Admitted).await; // fails once the start is over
                     let reason = tokio::select! {
+                        biased;
                         reason = connected.run() => reason,
                         never = self.canary.watch(&self.core, &member) => match never {},
                         never = held_watch::follow(&self, &member) => match never {},

@@ -149,7 +149,13 @@ impl RemoteExperts {
         if let Follow::Plan(file) = &config.placement.follow {
             admission.resolve(file)?; // one for something else is refused before anybody is dialled
         }
-        let canary = Canary::new(Arc::clone(&checkpoint), numerics, num_blocks, config.canary_interval);
+        let canary = Canary::new(
+            Arc::clone(&checkpoint),
+            numerics,
+            num_blocks,
+            config.canary_interval,
+            config.connector.clone(),
+        );
         let local = config.local.map(|LocalConfig { pool, max_bytes }| {
             Arc::new(LocalResort::new(checkpoint, numerics, num_blocks, pool, max_bytes))
         });

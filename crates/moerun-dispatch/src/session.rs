@@ -9,7 +9,7 @@ use moerun_proto::{
     v1::{self, expert_service_client::ExpertServiceClient},
 };
 use moerun_transport::{ClientProtection, Dial};
-use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport};
 
@@ -141,7 +141,7 @@ async fn open_over(
             .await
             .map_err(|status| refusal(worker, &status))?
             .into_inner();
-        let identity = admit(worker, response, admission).await?;
+        let identity = admit(worker, response, connector, admission).await?;
 
         let (requests, receiver) = mpsc::channel(SEND_QUEUE);
         let mut data = ExpertServiceClient::new(channel.clone())
@@ -169,10 +169,11 @@ async fn open_over(
 async fn admit(
     worker: &str,
     response: v1::HandshakeResponse,
+    connector: &Connector,
     admission: &Arc<Admission>,
 ) -> Result<WorkerIdentity, SessionError> {
     let (admission, worker) = (Arc::clone(admission), worker.to_owned());
-    match spawn_blocking(move || admission.admit(&worker, &response)).await {
+    match connector.aside(move || admission.admit(&worker, &response)).await {
         Ok(admitted) => admitted.map_err(SessionError::Refused),
         Err(error) => Err(SessionError::NotYet(error.to_string())),
     }

@@ -57,6 +57,19 @@ impl FailureReason {
         !matches!(self, FailureReason::TermOutOfRange | FailureReason::Invalid)
     }
 
+    /// Whether it never happens while all is well, load and slowness included: whoever reads logs is to know at once.
+    pub(crate) fn is_alarming(self) -> bool {
+        matches!(
+            self,
+            FailureReason::Internal
+                | FailureReason::NotHeld
+                | FailureReason::CorruptedRequest
+                | FailureReason::CorruptedAnswer
+                | FailureReason::Malformed
+                | FailureReason::Invalid
+        )
+    }
+
     /// In snake case, as metrics and logs name it.
     pub fn name(self) -> &'static str {
         match self {
@@ -132,6 +145,8 @@ pub struct WorkerStats {
     pub ejections: u64,
     /// Times it became suspect.
     pub suspicions: u64,
+    /// Times its connection ended.
+    pub disconnections: u64,
     /// Known inputs that it answered wrongly.
     pub canary_failures: u64,
     /// Experts on rows that it was asked for and has not answered.
@@ -232,6 +247,7 @@ pub(crate) struct WorkerCounters {
     pub(crate) late_answers: Counter,
     pub(crate) ejections: Counter,
     pub(crate) suspicions: Counter,
+    pub(crate) disconnections: Counter,
     pub(crate) canary_failures: Counter,
 }
 

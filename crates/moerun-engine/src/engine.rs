@@ -63,6 +63,8 @@ pub struct EngineStats {
     pub drafted_tokens: u64,
     /// Those of them that turned out to be the text's next tokens, since the start.
     pub accepted_tokens: u64,
+    /// Sequences for which an expert was left out, since the start.
+    pub degraded_sequences: u64,
 }
 
 /// Owns the engine's thread.

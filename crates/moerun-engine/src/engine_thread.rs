@@ -165,8 +165,9 @@ impl EngineThread {
     /// Hands the answers of the last step to the sequences of `chunks`, which it ran.
     fn apply(&mut self, chunks: &[Chunk]) {
         for (index, chunk) in chunks.iter().enumerate() {
+            let degraded = self.step_memory.is_degraded(index);
             let answers = self.step_memory.answers_of(index);
-            if let Err(error) = self.scheduler.take_in(chunk, answers) {
+            if let Err(error) = self.scheduler.take_in(chunk, degraded, answers) {
                 self.fail(chunk.sequence, error);
             }
         }

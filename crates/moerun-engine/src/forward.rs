@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moerun_dispatch::{ExpertBackend, ExpertRequest, PendingExperts};
+use moerun_dispatch::{Combined, ExpertBackend, ExpertRequest, PendingExperts};
 use moerun_kernels::{Activations, CpuPool, Workspace, flush_denormals};
 use moerun_model::{KvCache, Model, MoeInput, Routed, Step, StepSequence};
 use moerun_types::LayerId;
@@ -46,6 +46,13 @@ impl ForwardMemory {
     pub fn hidden_states(&self) -> &Array2<f32> {
         self.joined.as_ref().unwrap_or(&self.batches[0].hidden_states)
     }
+
+    /// Rows of the last pass for which an expert was left out in some layer, in no order, perhaps more than once.
+    pub fn degraded_rows(&self) -> impl Iterator<Item = usize> {
+        self.batches
+            .iter()
+            .flat_map(|batch| batch.degraded_rows.iter().copied())
+    }
 }
 
 /// Memory of rows that go through the layers together.
@@ -59,6 +66,8 @@ struct BatchMemory {
     output: Array2<f32>,
     /// Output of the shared experts, `[rows, hidden]`.
     shared: Array2<f32>,
+    /// Rows of the pass for which an expert was left out.
+    degraded_rows: Vec<usize>,
 }
 
 impl Forward<'_> {
@@ -82,6 +91,7 @@ impl Forward<'_> {
         let overlaps = self.experts.computes_elsewhere() && capture.is_none() && tokens >= 2 * MICRO_BATCH_ROWS;
         let border = if overlaps { tokens / 2 } else { tokens };
         let workspace = self.pool.workspace();
+        memory.batches.iter_mut().for_each(|batch| batch.degraded_rows.clear());
         let [first, second] = &mut memory.batches;
         let mut first = self.begin_batch(&workspace, first, token_ids, step, 0..border);
         let mut second = overlaps.then(|| self.begin_batch(&workspace, second, token_ids, step, border..tokens));
@@ -113,18 +123,22 @@ impl Forward<'_> {
     ) -> MicroBatch<'a> {
         self.model.embed(&token_ids[rows.clone()], &mut memory.hidden_states);
         MicroBatch {
+            first_row: rows.start,
             sequences: workspace.collect(step.part(rows)),
             memory,
             under_way: None,
         }
     }
 
-    /// Output of a MoE block, shared experts included, `[tokens, hidden]`.
-    pub(crate) fn moe_block(&self, layer: LayerId, input: &mut MoeInput) -> Result<Array2<f32>, EngineError> {
+    /// Output of a MoE block, shared experts included, `[tokens, hidden]`, and rows for which an expert was left out.
+    pub(crate) fn moe_block(&self, layer: LayerId, input: &mut MoeInput) -> Result<Combined, EngineError> {
         let (mut output, mut shared) = (Array2::default((0, 0)), Array2::default((0, 0)));
         let pending = self.begin_experts(layer, input, &mut output, &mut shared)?;
-        finish_experts(self.model, layer, pending, &mut output, &shared)?;
-        Ok(output)
+        let degraded_rows = finish_experts(self.model, layer, pending, &mut output, &shared)?;
+        Ok(Combined {
+            hidden_states: output,
+            degraded_rows,
+        })
     }
 
     /// Runs the experts, into `output`, or asks for them, and runs the shared ones, into `shared`, which those that are
@@ -159,25 +173,31 @@ impl Forward<'_> {
     }
 }
 
-/// Waits for the experts if they are under way; `output` is then that of the block, shared experts included.
+/// Waits for the experts if they are under way; `output` is then that of the block, shared experts included. Returns the
+/// rows for which an expert was left out.
 fn finish_experts(
     model: &Model,
     layer: LayerId,
     pending: Option<Box<dyn PendingExperts>>,
     output: &mut Array2<f32>,
     shared: &Array2<f32>,
-) -> Result<(), EngineError> {
+) -> Result<Vec<u32>, EngineError> {
+    let mut degraded_rows = Vec::new();
     if let Some(pending) = pending {
-        *output = pending.wait()?.hidden_states;
+        let combined = pending.wait()?;
+        *output = combined.hidden_states;
+        degraded_rows = combined.degraded_rows;
     }
     if model.has_shared_experts(layer) {
         *output += shared;
     }
-    Ok(())
+    Ok(degraded_rows)
 }
 
 /// Rows that go through the layers together.
 struct MicroBatch<'a> {
+    /// Of the pass.
+    first_row: usize,
     sequences: &'a [StepSequence<'a>],
     memory: &'a mut BatchMemory,
     under_way: Option<UnderWay>,
@@ -211,6 +231,7 @@ impl MicroBatch<'_> {
             input,
             output,
             shared,
+            ..
         } = &mut *self.memory;
         model.attend(pool, layer, &step, kv, hidden_states);
         let routed = model
@@ -247,9 +268,11 @@ impl MicroBatch<'_> {
             hidden_states,
             output,
             shared,
+            degraded_rows,
             ..
         } = &mut *self.memory;
-        finish_experts(model, layer, experts, output, shared)?;
+        let degraded = finish_experts(model, layer, experts, output, shared)?;
+        degraded_rows.extend(degraded.iter().map(|&row| self.first_row + row as usize));
         model.finish(hidden_states, output);
         if let (Some(capture), Some(input)) = (capture, input) {
             capture.moe(layer, &input, output);

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SendError, SyncSender, TrySendError};
 
+use moerun_dispatch::Combined;
 use moerun_types::SequenceId;
-use ndarray::Array2;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
@@ -13,7 +13,7 @@ use crate::limits::Limits;
 use crate::moe_layer::MoeLayerJob;
 use crate::reply::QueuePlace;
 use crate::sequence::Sequence;
-use crate::{EngineError, EngineStats, ForwardRequest, GenerateRequest, MoeLayerRequest, TokenEvent};
+use crate::{EngineError, EngineStats, ForwardRequest, GenerateRequest, LogitsRow, MoeLayerRequest, TokenEvent};
 
 /// Room in the command channel for what is not a request, beside `max_queue` requests.
 pub(crate) const CONTROL_PLACES: usize = 32;
@@ -102,12 +102,12 @@ impl EngineHandle {
         Ok(events)
     }
 
-    /// Logits of a prompt: rows come in the order of `positions`, `[vocab]` each; an error ends the channel. At most
+    /// Logits of a prompt: rows come in the order of `positions`; an error ends the channel. At most
     /// 1 GiB of logits in one request. Errors as for [`EngineHandle::generate`].
     pub fn forward(
         &self,
         request: ForwardRequest,
-    ) -> Result<mpsc::Receiver<Result<Vec<f32>, EngineError>>, EngineError> {
+    ) -> Result<mpsc::Receiver<Result<LogitsRow, EngineError>>, EngineError> {
         self.shared.limits.check_forward(&request)?;
         let place = self.take_place()?;
         let (sequence, rows) = Sequence::forward(self.next_id(), request, place);
@@ -120,7 +120,7 @@ impl EngineHandle {
     pub fn moe_layer(
         &self,
         request: MoeLayerRequest,
-    ) -> Result<oneshot::Receiver<Result<Array2<f32>, EngineError>>, EngineError> {
+    ) -> Result<oneshot::Receiver<Result<Combined, EngineError>>, EngineError> {
         self.shared.limits.check_moe_layer(&request)?;
         let (job, rows) = MoeLayerJob::new(request, self.take_place()?);
         self.send(Command::MoeLayer(Box::new(job)))?;

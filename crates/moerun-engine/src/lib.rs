@@ -26,6 +26,6 @@ pub use engine::{Engine, EngineConfig, EngineStats};
 pub use forward::{Capture, Forward, ForwardMemory};
 pub use handle::EngineHandle;
 pub use request::{
-    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, MoeLayerRequest, SamplingParams,
-    TokenEvent,
+    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogitsRow, LogprobEntry, MoeLayerRequest,
+    SamplingParams, TokenEvent,
 };

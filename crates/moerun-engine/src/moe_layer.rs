@@ -3,6 +3,7 @@
 
 use std::panic::AssertUnwindSafe;
 
+use moerun_dispatch::Combined;
 use moerun_types::LayerId;
 use ndarray::{Array2, Axis, Slice};
 use tokio::sync::oneshot;
@@ -18,6 +19,8 @@ pub(crate) struct MoeLayerJob {
     /// `[rows, hidden]`: inputs, replaced by outputs up to `rows_done`.
     rows: Array2<f32>,
     rows_done: usize,
+    /// Of those done: an expert was left out.
+    degraded_rows: Vec<u32>,
     /// Kept to the end: jobs take turns, so all that were accepted may be under way, each with its rows.
     place: QueuePlace,
     reply: RowsReply,
@@ -28,7 +31,7 @@ impl MoeLayerJob {
     pub(crate) fn new(
         request: MoeLayerRequest,
         place: QueuePlace,
-    ) -> (Self, oneshot::Receiver<Result<Array2<f32>, EngineError>>) {
+    ) -> (Self, oneshot::Receiver<Result<Combined, EngineError>>) {
         let (reply, receiver) = RowsReply::new();
         let MoeLayerRequest { layer, hidden_states } = request;
         (
@@ -36,6 +39,7 @@ impl MoeLayerJob {
                 layer,
                 rows: hidden_states,
                 rows_done: 0,
+                degraded_rows: Vec::new(),
                 place,
                 reply,
             },
@@ -48,10 +52,12 @@ impl MoeLayerJob {
         let piece = self.rows_done..self.rows.nrows().min(self.rows_done + max_rows);
         let input = self.rows.slice_axis(Axis(0), Slice::from(piece.clone())).to_owned();
         match guarded(AssertUnwindSafe(|| self.run_rows(compute, input))) {
-            Ok(output) => self
-                .rows
-                .slice_axis_mut(Axis(0), Slice::from(piece.clone()))
-                .assign(&output),
+            Ok(output) => {
+                let rows = Slice::from(piece.clone());
+                self.rows.slice_axis_mut(Axis(0), rows).assign(&output.hidden_states);
+                let degraded = output.degraded_rows.iter().map(|row| piece.start as u32 + row);
+                self.degraded_rows.extend(degraded);
+            }
             Err(error) => {
                 tracing::warn!(layer = %self.layer, %error, "a request for a MoE block failed");
                 self.answer(Err(error));
@@ -62,18 +68,21 @@ impl MoeLayerJob {
         if self.rows_done < self.rows.nrows() {
             return Some(self);
         }
-        let rows = std::mem::take(&mut self.rows);
-        self.answer(Ok(rows));
+        let combined = Combined {
+            hidden_states: std::mem::take(&mut self.rows),
+            degraded_rows: std::mem::take(&mut self.degraded_rows),
+        };
+        self.answer(Ok(combined));
         None
     }
 
     /// The place is free before the client knows: it may ask for the next layer at once.
-    fn answer(self, rows: Result<Array2<f32>, EngineError>) {
+    fn answer(self, rows: Result<Combined, EngineError>) {
         drop(self.place);
         self.reply.send(rows);
     }
 
-    fn run_rows(&self, compute: &Compute, input: Array2<f32>) -> Result<Array2<f32>, EngineError> {
+    fn run_rows(&self, compute: &Compute, input: Array2<f32>) -> Result<Combined, EngineError> {
         let mut input = compute
             .model
             .route_moe_input(&compute.pool, self.layer, input)

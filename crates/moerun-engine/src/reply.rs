@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ndarray::Array2;
+use moerun_dispatch::Combined;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{EngineError, TokenEvent};
+use crate::{EngineError, LogitsRow, TokenEvent};
 
 /// What can end a stream of `Self`.
 pub(crate) trait Failure {
@@ -21,7 +21,7 @@ impl Failure for TokenEvent {
     }
 }
 
-impl Failure for Result<Vec<f32>, EngineError> {
+impl Failure for Result<LogitsRow, EngineError> {
     fn failure(error: EngineError) -> Self {
         Err(error)
     }
@@ -85,17 +85,17 @@ impl<T: Failure> Drop for Reply<T> {
 
 /// Answers once, with rows of a MoE block.
 #[derive(Debug)]
-pub(crate) struct RowsReply(Option<oneshot::Sender<Result<Array2<f32>, EngineError>>>);
+pub(crate) struct RowsReply(Option<oneshot::Sender<Result<Combined, EngineError>>>);
 
 impl RowsReply {
     /// A reply and where it arrives.
-    pub(crate) fn new() -> (Self, oneshot::Receiver<Result<Array2<f32>, EngineError>>) {
+    pub(crate) fn new() -> (Self, oneshot::Receiver<Result<Combined, EngineError>>) {
         let (sender, receiver) = oneshot::channel();
         (Self(Some(sender)), receiver)
     }
 
     /// Answers; a client that went away does not matter any more.
-    pub(crate) fn send(mut self, rows: Result<Array2<f32>, EngineError>) {
+    pub(crate) fn send(mut self, rows: Result<Combined, EngineError>) {
         if let Some(sender) = self.0.take() {
             let _ = sender.send(rows);
         }
@@ -148,6 +148,7 @@ mod tests {
             id,
             logprobs: None,
             cached_tokens: 0,
+            degraded: false,
             finish,
         }
     }

@@ -46,6 +46,9 @@ pub enum TokenEvent {
         logprobs: Option<Vec<LogprobEntry>>,
         /// Leading tokens of the prompt that the prefix cache had when the sequence started; the same in every event.
         cached_tokens: usize,
+        /// Whether an expert was left out for this sequence, here or before: its tokens need not be those of the whole
+        /// model. Once set it stays.
+        degraded: bool,
         /// Set on the last token.
         finish: Option<FinishReason>,
     },
@@ -70,6 +73,15 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context's end was reached.
     Length,
+}
+
+/// Logits of one position.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LogitsRow {
+    /// `[vocab]`.
+    pub logits: Vec<f32>,
+    /// Whether an expert was left out for this sequence, here or before.
+    pub degraded: bool,
 }
 
 /// Logits of a prompt.

@@ -133,17 +133,23 @@ impl Scheduler {
         }
     }
 
-    /// Takes in what a step found out about `chunk`, tells the client, and names the pages that are full now.
+    /// Takes in what a step found out about `chunk`, tells the client, and names the pages that are full now. `degraded`
+    /// says whether an expert was left out in it: no page that the sequence fills from then on is shared.
     pub(crate) fn take_in(
         &mut self,
         chunk: &Chunk,
+        degraded: bool,
         answers: impl IntoIterator<Item = Result<Answer, EngineError>>,
     ) -> Result<(), EngineError> {
         let sequence = &mut self.running[chunk.sequence];
+        if degraded && !std::mem::replace(&mut sequence.degraded, true) {
+            self.counted.degraded_sequences += 1;
+            tracing::warn!(sequence = %sequence.id, "an expert was left out: the answer is marked as degraded");
+        }
         let accepted = sequence.take_in(chunk, answers)?;
         self.counted.drafted_tokens += chunk.draft.len() as u64;
         self.counted.accepted_tokens += accepted as u64;
-        if self.config.prefix_cache {
+        if self.config.prefix_cache && !sequence.degraded {
             let names = sequence.hashes.of_full_pages(&sequence.tokens[..sequence.cached]);
             for (&page, &name) in sequence.pages.iter().zip(names).skip(sequence.settled_pages) {
                 self.pages.name(page, name);

@@ -10,7 +10,9 @@ use tokio::sync::mpsc;
 use crate::chunk::Chunk;
 use crate::page_hash::{PageHashes, RopeSet};
 use crate::reply::{QueuePlace, Reply};
-use crate::{EngineError, FinishReason, ForwardRequest, GenerateRequest, LogprobEntry, SamplingParams, TokenEvent};
+use crate::{
+    EngineError, FinishReason, ForwardRequest, GenerateRequest, LogitsRow, LogprobEntry, SamplingParams, TokenEvent,
+};
 
 /// A sequence that waits or runs.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub(crate) struct Sequence {
     pub(crate) rope_length: usize,
     /// Its place in the queue until it starts for the first time.
     pub(crate) place: Option<QueuePlace>,
+    /// Whether an expert was ever left out for one of its rows. Its tokens follow from that, so it stays.
+    pub(crate) degraded: bool,
     /// What is to be told of it.
     pub(crate) task: Task,
 }
@@ -67,7 +71,7 @@ pub(crate) struct LogitsOf {
     positions: Vec<usize>,
     /// Leading positions that were answered, before a preemption perhaps.
     answered: usize,
-    reply: Reply<Result<Vec<f32>, EngineError>>,
+    reply: Reply<Result<LogitsRow, EngineError>>,
 }
 
 /// What a step found out about one row.
@@ -116,7 +120,7 @@ impl Sequence {
         id: SequenceId,
         request: ForwardRequest,
         place: QueuePlace,
-    ) -> (Self, mpsc::Receiver<Result<Vec<f32>, EngineError>>) {
+    ) -> (Self, mpsc::Receiver<Result<LogitsRow, EngineError>>) {
         let (reply, rows) = Reply::new(request.positions.len());
         let task = Task::Forward(LogitsOf {
             positions: request.positions,
@@ -136,6 +140,7 @@ impl Sequence {
             hashes: PageHashes::new(RopeSet::Short),
             rope_length: 0,
             place: Some(place),
+            degraded: false,
             task,
         }
     }
@@ -209,14 +214,14 @@ impl Sequence {
                 (Task::Generate(generation), Answer::Token { id, logprobs }) => {
                     self.tokens.push(id);
                     let generated = self.tokens.len() - generation.prompt_tokens;
-                    generation.tell(id, logprobs, generated);
+                    generation.tell(id, logprobs, generated, self.degraded);
                     if generation.reply.is_over() || chunk.draft.get(accepted) != Some(&id) {
                         break;
                     }
                     accepted += 1;
                     self.cached += 1;
                 }
-                (Task::Forward(logits), Answer::Logits(row)) => logits.tell(row),
+                (Task::Forward(logits), Answer::Logits(row)) => logits.tell(row, self.degraded),
                 (Task::Generate(_), Answer::Logits(_)) | (Task::Forward(_), Answer::Token { .. }) => {
                     unreachable!("a step answers a task with the task's own kind of answer")
                 }
@@ -243,7 +248,7 @@ impl Sequence {
 }
 
 impl Generation {
-    fn tell(&mut self, id: u32, logprobs: Option<Vec<LogprobEntry>>, generated: usize) {
+    fn tell(&mut self, id: u32, logprobs: Option<Vec<LogprobEntry>>, generated: usize, degraded: bool) {
         if self.sampling.repetition_penalty != 1.0 {
             self.seen.insert(id);
         }
@@ -258,6 +263,7 @@ impl Generation {
             id,
             logprobs,
             cached_tokens: self.cached_tokens,
+            degraded,
             finish,
         };
         if finish.is_some() {
@@ -269,8 +275,8 @@ impl Generation {
 }
 
 impl LogitsOf {
-    fn tell(&mut self, row: Vec<f32>) {
-        self.reply.send(Ok(row));
+    fn tell(&mut self, logits: Vec<f32>, degraded: bool) {
+        self.reply.send(Ok(LogitsRow { logits, degraded }));
         self.answered += 1;
         if self.answered == self.positions.len() {
             self.reply.end();

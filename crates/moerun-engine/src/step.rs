@@ -39,6 +39,8 @@ pub(crate) struct StepMemory {
     wanted: Vec<WantedRow>,
     /// By chunk, in order of position: each the answer or why there is none.
     answers: Vec<Vec<Result<Answer, EngineError>>>,
+    /// By chunk: whether an expert was left out for one of its rows.
+    degraded: Vec<bool>,
 }
 
 impl StepMemory {
@@ -46,6 +48,11 @@ impl StepMemory {
     /// answer or why there is none.
     pub(crate) fn answers_of(&mut self, chunk: usize) -> impl Iterator<Item = Result<Answer, EngineError>> {
         self.answers[chunk].drain(..)
+    }
+
+    /// Whether the last step left out an expert for a row of chunk `chunk`, drafted rows included.
+    pub(crate) fn is_degraded(&self, chunk: usize) -> bool {
+        self.degraded[chunk]
     }
 }
 
@@ -101,10 +108,13 @@ impl Compute {
             forward,
             token_ids,
             wanted,
+            degraded,
             ..
         } = memory;
         token_ids.clear();
         wanted.clear();
+        degraded.clear();
+        degraded.resize(chunks.len(), false);
         let workspace = self.pool.workspace();
         let sequences = workspace.collect(chunks.iter().enumerate().map(|(index, chunk)| {
             let sequence = &running[chunk.sequence];
@@ -128,6 +138,10 @@ impl Compute {
         }));
         let step = Step { sequences };
         self.as_forward().run(forward, token_ids, &step, kv, None)?;
+        for row in forward.degraded_rows() {
+            // Chunks lie one after another.
+            degraded[step.sequences.partition_point(|sequence| sequence.rows.end <= row)] = true;
+        }
         Ok(())
     }
 

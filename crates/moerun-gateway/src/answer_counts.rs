@@ -11,6 +11,7 @@ pub(crate) struct AnswerCounts {
     cancelled: AtomicU64,
     prompt_tokens: AtomicU64,
     generated_tokens: AtomicU64,
+    degraded: AtomicU64,
 }
 
 /// How the answers of a gateway ended, since it started.
@@ -28,6 +29,8 @@ pub struct AnswerStats {
     pub prompt_tokens: u64,
     /// Tokens that they have had.
     pub generated_tokens: u64,
+    /// Answers for which an expert was left out, whether or not they are over.
+    pub degraded: u64,
 }
 
 /// How an answer ended.
@@ -51,6 +54,11 @@ impl AnswerCounts {
         self.generated_tokens.fetch_add(1, Relaxed);
     }
 
+    /// An expert was left out for an answer; told once of each.
+    pub(crate) fn degraded(&self) {
+        self.degraded.fetch_add(1, Relaxed);
+    }
+
     pub(crate) fn end(&self, how: AnswerEnd) {
         let count = match how {
             AnswerEnd::Finished => &self.finished,
@@ -68,6 +76,7 @@ impl AnswerCounts {
             cancelled: self.cancelled.load(Relaxed),
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             generated_tokens: self.generated_tokens.load(Relaxed),
+            degraded: self.degraded.load(Relaxed),
         }
     }
 }

@@ -9,8 +9,8 @@ use std::{
     thread,
 };
 
-use moerun_dispatch::{RemoteExperts, WorkerStatus};
-use moerun_engine::{EngineHandle, EngineStats, ForwardRequest, MoeLayerRequest};
+use moerun_dispatch::{Combined, DispatchStats, RemoteExperts, WorkerStatus};
+use moerun_engine::{EngineHandle, EngineStats, ForwardRequest, LogitsRow, MoeLayerRequest};
 use moerun_types::{LayerId, ModelConfig, Numerics};
 use moerun_weights::GenerationConfig;
 use ndarray::Array2;
@@ -84,13 +84,13 @@ pub struct ServedModel {
     pub max_context: usize,
 }
 
-/// Rows of logits as they come: one per position, ascending, `[vocab]` each.
+/// Rows of logits as they come: one per position, ascending.
 #[derive(Debug)]
 pub struct LogitRows {
     /// The positions, ascending.
     pub positions: Vec<usize>,
     /// Their rows, in this order; an error ends the channel.
-    pub rows: mpsc::Receiver<Result<Vec<f32>, moerun_engine::EngineError>>,
+    pub rows: mpsc::Receiver<Result<LogitsRow, moerun_engine::EngineError>>,
     /// The memory they take; keep it as long as the rows.
     pub share: AnswerShare,
 }
@@ -233,8 +233,8 @@ impl Gateway {
     }
 
     /// One MoE layer, named by its model layer index, on finite rows `[rows, hidden]`: the input of a MoE block to its
-    /// output, shared experts included.
-    pub async fn run_moe_layer(&self, layer: u32, hidden_states: Array2<f32>) -> Result<Array2<f32>, GatewayError> {
+    /// output, shared experts included, with the rows for which an expert was left out.
+    pub async fn run_moe_layer(&self, layer: u32, hidden_states: Array2<f32>) -> Result<Combined, GatewayError> {
         let layer = LayerId(layer);
         let moe_layers = self.model.config.moe_layers();
         if !moe_layers.contains(&layer) {
@@ -284,6 +284,11 @@ impl Gateway {
     /// The workers, where the experts are in some.
     pub fn remote_experts(&self) -> Option<&Arc<RemoteExperts>> {
         self.workers.as_ref()
+    }
+
+    /// What dispatches to the workers have met so far; `None` where the experts are in this process.
+    pub fn dispatch_stats(&self) -> Option<DispatchStats> {
+        self.workers.as_ref().map(|workers| workers.stats())
     }
 
     /// Whether new requests are refused.

@@ -27,6 +27,7 @@ pub struct Generation {
     prompt_tokens: usize,
     completion_tokens: usize,
     cached_tokens: usize,
+    degraded: bool,
     answers: Arc<AnswerCounts>,
 }
 
@@ -48,6 +49,7 @@ impl Generation {
             prompt_tokens,
             completion_tokens: 0,
             cached_tokens: 0,
+            degraded: false,
             answers,
         }
     }
@@ -102,6 +104,7 @@ impl Generation {
             text,
             logprob,
             top_logprobs,
+            degraded: self.degraded,
             finish,
         }
     }
@@ -119,9 +122,13 @@ impl Stream for Generation {
                 id,
                 logprobs,
                 cached_tokens,
+                degraded,
                 finish,
             }) => {
                 self.cached_tokens = cached_tokens;
+                if degraded && !std::mem::replace(&mut self.degraded, true) {
+                    self.answers.degraded();
+                }
                 Ok(self.token(id, logprobs, finish))
             }
             Some(TokenEvent::Failed(error)) => Err(error.into()),
@@ -155,11 +162,15 @@ mod tests {
     use super::*;
     use crate::test_checkpoints::tiny_bible;
 
+    /// A token for which an expert was left out.
+    const DEGRADED: u32 = 77;
+
     fn token(id: u32, finish: Option<FinishReason>) -> TokenEvent {
         TokenEvent::Token {
             id,
             logprobs: None,
             cached_tokens: 2,
+            degraded: id == DEGRADED,
             finish,
         }
     }
@@ -274,6 +285,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_that_is_marked_as_degraded_is_counted_once() {
+        // The engine's mark stays; this asks no more of it than that it comes.
+        let last = token(DEGRADED, Some(FinishReason::Length));
+        let (mut marked, _sender) = generation(&[], vec![token(15, None), token(DEGRADED, None), last]);
+        let mut marks = Vec::new();
+        while let Some(event) = marked.next().await {
+            marks.push(event.unwrap().degraded);
+        }
+        assert_eq!(marks, [false, true, true]);
+        let now = marked.answers.now();
+        assert_eq!((now.finished, now.degraded), (1, 1));
+    }
+
+    #[tokio::test]
     async fn logprobs_carry_the_text_of_their_tokens() {
         let the = text_ids(" the")[0];
         let logprobs = Some(vec![
@@ -285,6 +310,7 @@ mod tests {
             id: the,
             logprobs,
             cached_tokens: 0,
+            degraded: false,
             finish: Some(FinishReason::Length),
         };
         let event = generation(&[], vec![event]).0.next().await.unwrap().unwrap();

@@ -73,6 +73,8 @@ pub struct TextEvent {
     pub logprob: Option<TokenLogprob>,
     /// The likeliest tokens here, descending; as many as were asked for.
     pub top_logprobs: Vec<TokenLogprob>,
+    /// Whether an expert was left out for this answer, here or before. Once set it stays.
+    pub degraded: bool,
     /// Set on the last event.
     pub finish: Option<Finish>,
 }

@@ -5,16 +5,19 @@
 //! open-loop load: a stretch without faults, the faults, one after another with pauses in which everything must have
 //! healed, and a last stretch. The history is judged by [`crate::check()`].
 
+mod bars;
 mod cluster;
 mod faults;
 mod process;
 mod report;
 mod sampling;
+mod streams;
 
 use std::{path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
+pub use bars::{Figure, figures};
 pub use faults::FaultKind;
 pub use report::Report;
 

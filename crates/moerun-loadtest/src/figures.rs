@@ -130,8 +130,10 @@ pub struct RunFigures {
     pub finished: usize,
     /// Those that ended otherwise, by how they ended.
     pub ended_otherwise: std::collections::BTreeMap<String, usize>,
-    /// Finished or not: those with a token that the undisturbed run does not have there.
+    /// Finished or not: those with a token that the undisturbed run does not have there, and no mark that says so.
     pub differing: usize,
+    /// Those that are marked: an expert was left out.
+    pub degraded: usize,
     /// Actual after intended send time.
     pub send_lag: Latencies,
     /// First token after the intended send time.
@@ -167,7 +169,9 @@ impl RunFigures {
             }
             let reference = references.get(&request.case).copied().unwrap_or_default();
             let differs = |(at, &(id, _)): (usize, &(u32, Micros))| reference.get(at) != Some(&id);
-            figures.differing += usize::from(request.tokens.iter().enumerate().any(differs));
+            let exact = request.degraded_from.unwrap_or(usize::MAX);
+            figures.differing += usize::from(request.tokens.iter().enumerate().take(exact).any(differs));
+            figures.degraded += usize::from(request.degraded_from.is_some());
             lags.push(request.sent.saturating_sub(request.intended));
             firsts.extend(
                 request

@@ -78,6 +78,9 @@ impl Target for GrpcTarget {
         loop {
             match stream.message().await {
                 Ok(Some(response)) => {
+                    if response.degraded {
+                        attempt.degraded();
+                    }
                     if !response.token_ids.is_empty() {
                         attempt.tokens(&response.token_ids);
                     }

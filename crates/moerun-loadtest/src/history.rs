@@ -5,7 +5,7 @@
 //! | --- | --- | --- |
 //! | `run` | the run, once | `version` 1, `seed`, `deadline`, `baseline` and `end` of the sending |
 //! | `reference` | what a case gives where nothing is broken | `case`, `tokens` |
-//! | `request` | one request | `id`, `case`, `intended`, `sent`, `tokens` as `[id, at]`, `terminals`, `reported_tokens`, `closed` |
+//! | `request` | one request | `id`, `case`, `intended`, `sent`, `tokens` as `[id, at]`, `terminals`, `reported_tokens`, `degraded_from`, `closed` |
 //! | `fault` | something that was broken | `id`, `action`, `target`, `names`, `begin`, `end`, `evidence`, `must_show` |
 //! | `sample` | figures of one process | `at`, `process`, `pid`, `phase`, `figures`, `links`, `troubles` |
 //! | `log` | a line of its log | `at`, `process`, `line` |
@@ -86,6 +86,9 @@ pub struct RequestRecord {
     pub terminals: Vec<Terminal>,
     /// How many tokens the server says it sent.
     pub reported_tokens: Option<u64>,
+    /// Tokens that had come before the server first said that an expert was left out; `None` if it never did.
+    #[serde(default)]
+    pub degraded_from: Option<usize>,
     /// When its stream ended or the client stopped listening.
     pub closed: Micros,
 }
@@ -187,8 +190,8 @@ pub struct Sample {
     pub figures: BTreeMap<String, u64>,
     /// Of a gateway: whether each worker is up, by address.
     pub links: BTreeMap<String, bool>,
-    /// Troubles with a worker since the start, by its address or name: of a gateway those it counts, of a worker the
-    /// streams that gateways opened.
+    /// Of a gateway: troubles with each worker since the start, by its address: connections that ended, calls that failed
+    /// (but for lost hedges), known inputs answered wrongly.
     pub troubles: BTreeMap<String, u64>,
 }
 

@@ -47,6 +47,11 @@ impl Attempt {
         self.record.terminals.push(Terminal { at, outcome });
     }
 
+    /// What comes from here on is marked: an expert was left out.
+    pub fn degraded(&mut self) {
+        self.record.degraded_from.get_or_insert(self.record.tokens.len());
+    }
+
     /// The server says how many tokens it sent.
     pub fn reported(&mut self, tokens: u64) {
         self.record.reported_tokens = Some(tokens);

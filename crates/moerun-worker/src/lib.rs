@@ -8,6 +8,7 @@
 mod admin;
 mod compute;
 mod config;
+mod connections;
 mod error;
 mod holding_error;
 mod holdings;
@@ -22,6 +23,7 @@ mod transfer;
 mod worker;
 
 pub use config::WorkerConfig;
+pub use connections::serve_connections;
 pub use error::WorkerError;
 pub use holding_error::HoldingError;
 pub use holdings::ExpertSource;

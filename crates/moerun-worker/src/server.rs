@@ -127,19 +127,8 @@ pub(crate) async fn prepare(
     let placement_service = PlacementServiceServer::new(placement)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
-    let expert_service = ExpertServiceServer::new(experts)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_HANDSHAKE_BYTES);
-    let router = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(MAX_FRAME_BYTES)
-        .max_concurrent_streams(256)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(expert_service)
+    let router = builder()
+        .add_service(expert_service(experts))
         .add_service(placement_service)
         .add_service(health_service)
         .add_optional_service(beside)
@@ -167,6 +156,26 @@ pub(crate) async fn prepare(
         run,
     };
     Ok((server, socket))
+}
+
+/// What every connection of a gateway has.
+pub(crate) fn builder() -> Server {
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(256)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+}
+
+/// The service with its limits.
+pub(crate) fn expert_service(experts: Experts) -> ExpertServer {
+    ExpertServiceServer::new(experts)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_HANDSHAKE_BYTES)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {
@@ -237,7 +246,7 @@ fn ended_by_itself(ended: Result<(), tonic::transport::Error>) -> WorkerError {
     }
 }
 
-fn server_error(error: tonic::transport::Error) -> WorkerError {
+pub(crate) fn server_error(error: tonic::transport::Error) -> WorkerError {
     WorkerError::Server {
         reason: format!("{error:?}"),
     }

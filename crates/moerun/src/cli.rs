@@ -480,7 +480,12 @@ pub(crate) struct ChaosArgs {
     #[arg(long, value_name = "FAULTS", default_value = "kill,stop")]
     pub(crate) faults: String,
 
-    /// Folder for report.md, report.json, history.jsonl and logs.txt
+    /// Instead of random faults: what single faults cost under that many streams, beside what is promised; two holders an
+    /// expert, each stretch as long as --duration says
+    #[arg(long, value_name = "STREAMS", num_args = 0..=1, default_missing_value = "50")]
+    pub(crate) figures: Option<usize>,
+
+    /// Folder for report.md, report.json, history.jsonl and logs.txt, or for figures.txt
     #[arg(long, value_name = "DIR")]
     pub(crate) report: PathBuf,
 }

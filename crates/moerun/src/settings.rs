@@ -5,7 +5,10 @@ mod environment;
 mod placement;
 mod security;
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, ValueEnum};
 use figment::{
@@ -108,8 +111,9 @@ pub(crate) struct ServingFlags {
     spin: Option<Spin>,
 
     /// What to do when all holders of an expert are gone: local (the gateway computes it from its own checkpoint, exact
-    /// and slower, where that has it) or fail (the request does) [default: local]
-    #[arg(long, value_name = "local|fail", help_heading = "Limits")]
+    /// and slower, where that has it), fail (the request does) or skip (the expert is left out and the answer marked as
+    /// degraded) [default: local]
+    #[arg(long, value_name = "local|fail|skip", help_heading = "Limits")]
     #[serde(skip_serializing_if = "Option::is_none")]
     on_expert_loss: Option<OnExpertLoss>,
 
@@ -480,11 +484,6 @@ impl Settings {
                 return Err(format!("{name}: wanted {least} to {most}, found {value}"));
             }
         }
-        if self.on_expert_loss == OnExpertLoss::Skip {
-            return Err(
-                "on_expert_loss: wanted local or fail, found skip: answers cannot be marked as degraded".to_owned(),
-            );
-        }
         match self.combine_block {
             Some(block) if block % 8 != 0 => Err(format!("combine_block: wanted a multiple of 8, found {block}")),
             _ => Ok(()),
@@ -496,6 +495,15 @@ impl Settings {
         let none = "no checkpoint given: wanted --model DIR or FILE.gguf, MOERUN_MODEL or model = \"DIR\" in --config";
         self.model.as_ref().ok_or_else(|| SettingsError(none.to_owned()))
     }
+}
+
+/// Reads one file of settings, with no other.
+pub(crate) fn check_file(file: &Path) -> Result<(), SettingsError> {
+    let flags = ServingFlags {
+        config: Some(file.to_owned()),
+        ..ServingFlags::default()
+    };
+    Settings::load_with(&flags, &RoleFlags::default(), |_| None).map(|_| ())
 }
 
 #[cfg(test)]
@@ -535,16 +543,17 @@ mod tests {
     }
 
     #[test]
-    fn experts_are_not_left_out_unmarked() {
-        let flags = |on_expert_loss| ServingFlags {
-            on_expert_loss: Some(on_expert_loss),
-            ..ServingFlags::default()
+    fn experts_are_left_out_only_where_that_is_asked_for() {
+        let load = |on_expert_loss| {
+            let flags = ServingFlags {
+                on_expert_loss,
+                ..ServingFlags::default()
+            };
+            let settings = Settings::load_with(&flags, &RoleFlags::default(), |_| None);
+            settings.unwrap().on_expert_loss
         };
-        let load = |flags: &ServingFlags| Settings::load_with(flags, &RoleFlags::default(), |_| None);
-        let settings = load(&flags(OnExpertLoss::Fail)).unwrap();
-        assert_eq!(settings.on_expert_loss, OnExpertLoss::Fail);
-        let refused = load(&flags(OnExpertLoss::Skip)).unwrap_err().to_string();
-        assert!(refused.contains("wanted local or fail, found skip"), "{refused}");
+        assert_eq!(load(None), OnExpertLoss::Local);
+        assert_eq!(load(Some(OnExpertLoss::Skip)), OnExpertLoss::Skip);
     }
 
     #[test]

@@ -62,6 +62,33 @@ fn after_a_kill_and_a_reset_every_invariant_holds_and_the_report_says_what_was_s
 }
 
 #[test]
+fn single_faults_fail_no_request_and_change_no_token() {
+    let folder = TempDir::new().expect("a temporary folder");
+    let model = golden_dir("qwen3_moe");
+    let args = ["chaos", "--model", path(&model), "--figures", "50", "--duration", "2"];
+    let said = run_for(
+        &[&args[..], &["--report", path(folder.path())]].concat(),
+        Duration::from_secs(180),
+    )
+    .ok();
+    let rows: Vec<u32> = said
+        .lines()
+        .map(|line| {
+            let (row, text) = line
+                .strip_prefix("row ")
+                .and_then(|line| line.split_once(": "))
+                .expect("a row");
+            let row = row.parse().expect("its number");
+            super::figure(row, format!("50 streams: {text}"));
+            row
+        })
+        .collect();
+    assert_eq!(rows, [1, 3, 4, 12, 29]);
+    let kept = std::fs::read_to_string(folder.path().join("figures.txt")).expect("figures");
+    assert_eq!(kept, said);
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_in_words() {
     let folder = TempDir::new().expect("a temporary folder");
     let model = golden_dir("qwen3_moe");

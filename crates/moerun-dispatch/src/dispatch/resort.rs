@@ -99,7 +99,7 @@ impl Dispatch {
         let skipped = choices.filter(|(_, expert)| self.lost.contains(expert));
         let rows: Vec<u32> = skipped.map(|(index, _)| (index / self.routing.top_k) as u32).collect();
         self.core.totals.skipped_assignments.add(rows.len());
-        tracing::warn!(layer = self.layer.0, experts = ?self.lost, rows = rows.len(), "experts were left out");
+        tracing::debug!(layer = self.layer.0, experts = ?self.lost, rows = rows.len(), "experts were left out");
         rows.into_iter().collect::<BTreeSet<u32>>().into_iter().collect()
     }
 

@@ -54,6 +54,13 @@ impl Ejection {
         self.second(now).succeeded += 1;
     }
 
+    /// A call that counted as failed was answered after all. It stays a failure, but the row of failures is broken: a busy
+    /// host makes each of its workers lose a hedge now and then, and that must not look like one that has stopped answering.
+    /// Who loses too many is ejected by its share of successes.
+    pub(crate) fn answered_late(&mut self) {
+        self.consecutive = 0;
+    }
+
     /// A call failed. Returns for how long the worker is ejected, if this ejects it.
     pub(crate) fn failed(&mut self, now: Instant) -> Option<Duration> {
         self.consecutive += 1;
@@ -130,6 +137,25 @@ mod tests {
         assert_eq!(ejection.failed(now), Some(FIRST));
         assert!(ejection.is_ejected(now + FIRST - MS) && !ejection.is_ejected(now + FIRST));
         assert_eq!(ejection.failed(now), None, "it is out already");
+    }
+
+    #[test]
+    fn a_worker_that_answers_late_is_ejected_by_its_share_alone() {
+        let begun = Instant::now();
+        let mut ejection = Ejection::new(begun);
+        let mut calls = 0;
+        while ejection.failed(begun).is_none() {
+            ejection.answered_late();
+            calls += 1;
+            assert!(calls < 100, "never ejected");
+        }
+        assert_eq!(calls + 1, MIN_CALLS, "all of the first calls were lost");
+        let mut ejection = Ejection::new(begun);
+        for _ in 0..1000 {
+            assert_eq!(ejection.failed(begun), None, "one in ten is lost");
+            ejection.answered_late();
+            (0..9).for_each(|_| ejection.succeeded(begun));
+        }
     }
 
     #[test]

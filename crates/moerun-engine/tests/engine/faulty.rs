@@ -25,6 +25,8 @@ pub(crate) enum Behaviour {
     PanicsInWait,
     /// Refuses requests of more rows than this, as a term out of range does.
     RefusesRowsAbove(usize),
+    /// Leaves all experts of the first row of each request out, and says so.
+    LeavesOutFirstRow,
 }
 
 /// Real experts behind a switch.
@@ -54,6 +56,17 @@ impl State {
 }
 
 struct PanicsInWait;
+
+struct WithoutFirstRow(Box<dyn PendingExperts>);
+
+impl PendingExperts for WithoutFirstRow {
+    fn wait(self: Box<Self>) -> Result<Combined, DispatchError> {
+        let mut combined = self.0.wait()?;
+        combined.hidden_states.row_mut(0).fill(0.0);
+        combined.degraded_rows = vec![0];
+        Ok(combined)
+    }
+}
 
 impl PendingExperts for PanicsInWait {
     fn wait(self: Box<Self>) -> Result<Combined, DispatchError> {
@@ -122,6 +135,7 @@ impl ExpertBackend for FaultyExperts {
             Behaviour::PanicsInSubmit => panic!("the fake was told to panic"),
             Behaviour::PanicsInWait => Ok(Box::new(PanicsInWait)),
             Behaviour::RefusesRowsAbove(limit) if request.activations.rows() > limit => Err(term_error(layer).into()),
+            Behaviour::LeavesOutFirstRow => Ok(Box::new(WithoutFirstRow(self.experts.submit(request)?))),
             Behaviour::Works | Behaviour::Hangs | Behaviour::HangsAfter(_) | Behaviour::RefusesRowsAbove(_) => {
                 self.experts.submit(request)
             }

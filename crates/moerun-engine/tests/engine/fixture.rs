@@ -78,6 +78,7 @@ pub(crate) struct Completion {
     pub(crate) logprobs: Vec<Option<Vec<LogprobEntry>>>,
     pub(crate) finish: FinishReason,
     pub(crate) cached_tokens: usize,
+    pub(crate) degraded: bool,
 }
 
 /// Equal answers, bit for bit, whatever of them was computed anew.
@@ -208,6 +209,7 @@ pub(crate) async fn collect(mut events: mpsc::Receiver<TokenEvent>) -> Result<Co
         logprobs: Vec::new(),
         finish: FinishReason::Length,
         cached_tokens: 0,
+        degraded: false,
     };
     loop {
         match next(&mut events).await.expect("an end before the channel closes") {
@@ -219,6 +221,7 @@ pub(crate) async fn collect(mut events: mpsc::Receiver<TokenEvent>) -> Result<Co
                 id,
                 logprobs,
                 cached_tokens,
+                degraded,
                 finish,
             } => {
                 let first = completion.ids.is_empty();
@@ -227,6 +230,8 @@ pub(crate) async fn collect(mut events: mpsc::Receiver<TokenEvent>) -> Result<Co
                     "another count of cached tokens"
                 );
                 completion.cached_tokens = cached_tokens;
+                assert!(degraded || !completion.degraded, "a mark that did not stay");
+                completion.degraded = degraded;
                 completion.ids.push(id);
                 completion.logprobs.push(logprobs);
                 if let Some(finish) = finish {
@@ -255,7 +260,7 @@ pub(crate) async fn logits(handle: &EngineHandle, token_ids: Vec<u32>, positions
         .await
         .expect("a row in time")
     {
-        rows.push(row.expect("logits"));
+        rows.push(row.expect("logits").logits);
     }
     rows
 }

@@ -121,7 +121,7 @@ async fn blocks_under_way_count_as_waiting_until_they_are_answered() {
     fixture.experts.set(Behaviour::Works);
     for reply in accepted {
         let rows = tokio::time::timeout(PATIENCE, reply).await.unwrap().unwrap();
-        assert_eq!(rows.expect("rows").nrows(), 64);
+        assert_eq!(rows.expect("rows").hidden_states.nrows(), 64);
         // Whoever has an answer may ask again at once.
         drop(handle.moe_layer(request()).expect("there is room again"));
     }

@@ -1,6 +1,7 @@
 //! The engine over real checkpoints: what requests do to each other (nothing), and what failures do to the engine.
 #![allow(clippy::unwrap_used)]
 
+mod degraded;
 mod failures;
 mod faulty;
 mod fixture;

@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener, sync::Arc};
 
-use moerun_dispatch::{RemoteExperts, WorkerStatus};
+use moerun_dispatch::{DispatchStats, FailureReason, RemoteExperts, WorkerStats, WorkerStatus};
 use moerun_process::OwnFigures;
 use moerun_proto::v1::{
     self,
@@ -45,6 +45,10 @@ impl AdminService for AdminDoor {
     async fn get_stats(&self, _: Request<v1::GetStatsRequest>) -> Result<Response<v1::GetStatsResponse>, Status> {
         let own = OwnFigures::now();
         let (engine, answers) = (self.gateway.stats(), self.gateway.answer_stats());
+        let dispatch = self.gateway.dispatch_stats();
+        let links = self.gateway.workers().into_iter();
+        let workers = links.map(|worker| worker_link(worker, dispatch.as_ref())).collect();
+        let total = |of: fn(&DispatchStats) -> u64| dispatch.as_ref().map_or(0, of);
         let gateway = v1::GatewayStats {
             draining: self.gateway.is_draining(),
             running_requests: engine.running as u64,
@@ -57,7 +61,13 @@ impl AdminService for AdminDoor {
             answers_finished: answers.finished,
             answers_failed: answers.failed,
             answers_cancelled: answers.cancelled,
-            workers: self.gateway.workers().into_iter().map(worker_link).collect(),
+            workers,
+            answers_degraded: answers.degraded,
+            assignments_left_out: total(|stats| stats.skipped_assignments),
+            calls: total(|stats| stats.calls),
+            retries: total(|stats| stats.retries),
+            hedges: total(|stats| stats.hedges),
+            local_assignments: total(|stats| stats.local_assignments),
         };
         Ok(Response::new(v1::GetStatsResponse {
             process: Some(v1::ProcessStats {
@@ -110,13 +120,24 @@ impl AdminService for AdminDoor {
     }
 }
 
-fn worker_link(worker: WorkerStatus) -> v1::WorkerLink {
+fn worker_link(worker: WorkerStatus, stats: Option<&DispatchStats>) -> v1::WorkerLink {
     #[cfg(feature = "planted-violations")]
     let worker = super::planted::status(worker);
+    let stats = stats.and_then(|stats| stats.workers.iter().find(|it| it.address == worker.address));
+    let counted = |of: fn(&WorkerStats) -> u64| stats.map_or(0, of);
+    #[cfg(feature = "planted-violations")]
+    let counted = |of: fn(&WorkerStats) -> u64| super::planted::count(counted(of));
     v1::WorkerLink {
         address: worker.address,
         up: worker.down.is_none(),
         down_reason: worker.down.unwrap_or_default(),
+        failed_calls: counted(|stats| stats.failures.iter().map(|&(_, count)| count).sum()),
+        ejections: counted(|stats| stats.ejections),
+        suspicions: counted(|stats| stats.suspicions),
+        canary_failures: counted(|stats| stats.canary_failures),
+        disconnections: counted(|stats| stats.disconnections),
+        calls: counted(|stats| stats.calls),
+        lost_to_hedge: counted(|stats| stats.failures_by(FailureReason::LostToHedge)),
     }
 }
 

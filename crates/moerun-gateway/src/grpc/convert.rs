@@ -78,6 +78,7 @@ pub(super) fn generate_response(event: TextEvent, combine_mode: String) -> v1::G
             cached_tokens: count(finish.cached_tokens),
         }),
         combine_mode,
+        degraded: event.degraded,
     }
 }
 

@@ -139,7 +139,8 @@ impl InferenceService for InferenceDoor {
             .map(|(position, row)| match row {
                 Ok(row) => Ok(v1::ForwardResponse {
                     position: convert::count(position),
-                    logits: convert::row_bytes(&row),
+                    logits: convert::row_bytes(&row.logits),
+                    degraded: row.degraded,
                 }),
                 Err(error) => Err(to_status(&error)),
             });

@@ -32,7 +32,10 @@ impl MoeLayerService for MoeLayerDoor {
             self.gateway.run_moe_layer(message.layer, rows).await
         };
         let output = output.await.map_err(|error| to_status(&error))?;
-        let hidden_states = convert::row_bytes(&output);
-        Ok(with_combine_mode(&self.gateway, v1::RunLayerResponse { hidden_states }))
+        let response = v1::RunLayerResponse {
+            hidden_states: convert::row_bytes(&output.hidden_states),
+            degraded_rows: output.degraded_rows,
+        };
+        Ok(with_combine_mode(&self.gateway, response))
     }
 }

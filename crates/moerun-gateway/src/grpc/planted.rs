@@ -43,6 +43,11 @@ pub(super) fn status(worker: WorkerStatus) -> WorkerStatus {
     }
 }
 
+/// A count of what went wrong with a worker, as operators see it.
+pub(super) fn count(counted: u64) -> u64 {
+    if planted("hidden-fault") { 0 } else { counted }
+}
+
 fn is_end(response: &GenerateResponse) -> bool {
     response.finish_reason() != FinishReason::Unspecified
 }

@@ -44,10 +44,22 @@ pub(super) struct Cluster {
 impl Cluster {
     /// Starts workers and gateway, and waits until they are ready.
     pub(super) async fn start(config: &ChaosConfig, num_experts: usize, clock: RunClock) -> Result<Self, LoadError> {
+        let all: Vec<usize> = (0..config.workers).collect();
+        Self::start_with(config, num_experts, clock, &all, &[]).await
+    }
+
+    /// Starts these of the workers, and a gateway that knows of them and of `more` addresses, and waits until they are ready.
+    pub(super) async fn start_with(
+        config: &ChaosConfig,
+        num_experts: usize,
+        clock: RunClock,
+        workers: &[usize],
+        more: &[&str],
+    ) -> Result<Self, LoadError> {
         let logs = Logs::default();
         let with_proxies = config.faults.iter().any(|fault| fault.needs_proxy());
         let mut members = Vec::with_capacity(config.workers);
-        for index in 0..config.workers {
+        for &index in workers {
             let args = [
                 "--listen",
                 "127.0.0.1:0",
@@ -78,6 +90,9 @@ impl Cluster {
         for member in &members {
             args.extend(["--worker", &member.known_as]);
         }
+        for address in more {
+            args.extend(["--worker", address]);
+        }
         let gateway = start(program(config, "gateway", &args, "gateway", clock, &logs)).await?;
         Ok(Self {
             gateway,
@@ -85,6 +100,52 @@ impl Cluster {
             clock,
             logs,
         })
+    }
+
+    /// Starts a worker of this cluster that listens on `listen`, which its gateway may know already.
+    pub(super) async fn join(
+        &mut self,
+        config: &ChaosConfig,
+        num_experts: usize,
+        index: usize,
+        listen: &str,
+    ) -> Result<(), LoadError> {
+        let held = experts(index, num_experts, config);
+        let args = ["--listen", listen, "--experts", &held, "--exit-with-parent"];
+        let name = format!("worker-{index}");
+        let process = start(program(config, "worker", &args, &name, self.clock, &self.logs)).await?;
+        self.members.push(Member {
+            name,
+            address: process.address().to_owned(),
+            known_as: process.address().to_owned(),
+            process: Some(process),
+            proxy: None,
+        });
+        Ok(())
+    }
+
+    /// The process of a worker, by its place among those that were started.
+    pub(super) fn process(&mut self, place: usize) -> Result<&mut Process, LoadError> {
+        let member = &mut self.members[place];
+        let gone = || LoadError::process(&member.name, "gone");
+        member.process.as_mut().ok_or_else(gone)
+    }
+
+    /// Ends a worker as SIGTERM does, waits for that, and starts it again on its address.
+    pub(super) async fn restart(&mut self, place: usize) -> Result<(), LoadError> {
+        let member = &mut self.members[place];
+        let Some(mut process) = member.process.take() else {
+            return Err(LoadError::process(&member.name, "gone"));
+        };
+        let ended = spawn_blocking(move || process.terminate().map(|()| process.program())).await;
+        let program = ended.map_err(|error| LoadError::process(&member.name, error))??;
+        member.process = Some(start(program).await?);
+        Ok(())
+    }
+
+    /// How the gateway calls a worker.
+    pub(super) fn known_as(&self, place: usize) -> &str {
+        &self.members[place].known_as
     }
 
     /// One process with all experts of its own: what it answers is right.

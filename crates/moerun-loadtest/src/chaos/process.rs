@@ -1,18 +1,26 @@
 //! A process under test: started, killed, paused, started again; its log lines kept with their times.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{LoadError, LogLine, RunClock};
 
 /// How long a process may take to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long one may take to end when it is told to.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Log lines of all processes, in the order in which they were read.
 #[derive(Debug, Clone, Default)]
@@ -103,6 +111,26 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as SIGTERM does; an error if it does not end, or not well. Blocks.
+    pub(super) fn terminate(&mut self) -> Result<(), LoadError> {
+        let failed = |reason: String| LoadError::process(&self.program.name, reason);
+        signal(self.child.id(), Signal::TERM).map_err(|error| failed(error.to_string()))?;
+        let until = Instant::now() + END_TIMEOUT;
+        loop {
+            match self.child.try_wait().map_err(|error| failed(error.to_string()))? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => return Err(failed(format!("ended with {status} when it was told to"))),
+                None if Instant::now() > until => return Err(failed(format!("did not end in {END_TIMEOUT:?}"))),
+                None => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
     /// What starts it again on the address that it had.
     pub(super) fn program(&self) -> Program {
         let mut program = self.program.clone();
@@ -126,6 +154,62 @@ impl Process {
             .spawn()
             .map_err(|error| LoadError::process(&self.program.name, error))
     }
+}
+
+/// Stops a process most of the time until it is dropped: it gets one part in so many of the time.
+pub(super) struct Throttle {
+    pid: u32,
+    end: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+    /// Lets the process go on when this one is gone, however that happens.
+    _watch: Child,
+}
+
+impl Throttle {
+    /// Of each `slowness` milliseconds the process runs for one.
+    pub(super) fn start(process: &Process, slowness: u32) -> Result<Self, LoadError> {
+        let pid = process.pid();
+        let watch = Command::new("sh")
+            .args(["-c", "cat >/dev/null; kill -CONT \"$0\"", &pid.to_string()])
+            .stdin(Stdio::piped())
+            .spawn()
+            .map_err(|error| LoadError::process(process.name(), error))?;
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&end);
+        let thread = thread::spawn(move || {
+            // It may end meanwhile: then there is nothing to stop.
+            while !ended.load(Relaxed) {
+                let _ = signal(pid, Signal::STOP);
+                thread::sleep(Duration::from_millis(u64::from(slowness - 1)));
+                let _ = signal(pid, Signal::CONT);
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Ok(Self {
+            pid,
+            end,
+            thread: Some(thread),
+            _watch: watch,
+        })
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.end.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = signal(self.pid, Signal::CONT);
+        drop(self._watch.stdin.take());
+        let _ = self._watch.wait();
+    }
+}
+
+fn signal(pid: u32, signal: Signal) -> io::Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    Ok(kill_process(pid, signal)?)
 }
 
 impl Drop for Process {

@@ -113,7 +113,21 @@ impl Sampler {
                     ("answers_finished", gateway.answers_finished),
                     ("answers_failed", gateway.answers_failed),
                     ("answers_cancelled", gateway.answers_cancelled),
+                    ("answers_degraded", gateway.answers_degraded),
+                    ("calls", gateway.calls),
+                    ("retries", gateway.retries),
+                    ("hedges", gateway.hedges),
+                    ("local_assignments", gateway.local_assignments),
                 ]));
+                // A lost hedge says little: busy hosts lose some while nothing is broken.
+                let troubles = |link: &v1::WorkerLink| {
+                    link.disconnections + link.canary_failures + link.failed_calls.saturating_sub(link.lost_to_hedge)
+                };
+                let counted = gateway
+                    .workers
+                    .iter()
+                    .map(|link| (link.address.clone(), troubles(link)));
+                sample.troubles = counted.collect();
                 sample.links = gateway
                     .workers
                     .iter()
@@ -121,8 +135,6 @@ impl Sampler {
                     .collect();
             }
             Role::Worker(worker) => {
-                // A gateway that opens another stream has lost the one before.
-                sample.troubles.insert(door.process.clone(), worker.streams_opened);
                 sample.figures.extend(figures([
                     ("streams", worker.streams),
                     ("outstanding_requests", worker.outstanding_requests),

@@ -39,6 +39,7 @@ pub(crate) fn healthy() -> History {
                 outcome: Outcome::Finished("length".to_owned()),
             }],
             reported_tokens: Some(4),
+            degraded_from: None,
             closed: intended + 41_000,
         }));
     }
@@ -143,6 +144,27 @@ fn another_token_is_found_wherever_it_is() {
 }
 
 #[test]
+fn another_token_is_allowed_only_behind_a_mark() {
+    let change = |degraded_from| {
+        move |history: &mut History| {
+            let request = &mut history.requests[9];
+            request.degraded_from = degraded_from;
+            request.tokens[2].0 = 9;
+        }
+    };
+    expect(&["I1"], "token 2: wanted 5, found 9", change(None));
+    expect(&["I1"], "token 2: wanted 5, found 9", change(Some(3)));
+    expect(&[], "", change(Some(2)));
+    // A mark excuses another token, not a missing one.
+    expect(&["I1"], "finished after 3 of 4", |history| {
+        let request = &mut history.requests[9];
+        request.degraded_from = Some(0);
+        request.tokens.pop();
+        request.reported_tokens = Some(3);
+    });
+}
+
+#[test]
 fn a_typed_error_is_no_violation_and_an_untyped_one_is() {
     let fail = |reason: &'static str| {
         move |history: &mut History| {
@@ -241,6 +263,9 @@ fn a_fault_that_does_not_show_is_named() {
     });
     expect(&["I5"], "no log line names it", |history| {
         history.logs[0].process = "worker-0".to_owned()
+    });
+    expect(&["I5"], "no log line names it", |history| {
+        history.logs[0].line = format!("INFO moerun_dispatch: worker is connected worker={ADDRESS:?}");
     });
     expect(&["I5"], "no figure shows it", |history| {
         history.samples[1].links.insert(ADDRESS.to_owned(), true);

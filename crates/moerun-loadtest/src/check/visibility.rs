@@ -36,11 +36,13 @@ fn shows_in_figures(history: &History, fault: &FaultRecord, until: Micros) -> bo
     })
 }
 
-/// Another process than the target itself names it.
+/// Another process than the target itself names it in a warning or an error: that it is connected, say, tells nobody of a
+/// fault.
 fn shows_in_logs(history: &History, fault: &FaultRecord, until: Micros) -> bool {
     history.logs.iter().any(|log| {
         (fault.begin..=until).contains(&log.at)
             && log.process != fault.target
+            && (log.line.contains("WARN") || log.line.contains("ERROR"))
             && fault.names.iter().any(|name| log.line.contains(name))
     })
 }

@@ -56,6 +56,8 @@ pub(crate) fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 struct Piece {
     token_ids: Vec<u32>,
     text: String,
+    /// Whether an expert was left out for the answer so far.
+    degraded: bool,
     /// Set on the last piece: reason and tokens of the prompt.
     finish: Option<(&'static str, usize)>,
 }
@@ -97,6 +99,7 @@ async fn ask_here(serving: &Serving, args: &GenerateArgs) -> anyhow::Result<impl
         Ok(Piece {
             token_ids: vec![event.token_id],
             text: event.text,
+            degraded: event.degraded,
             finish: event
                 .finish
                 .map(|finish| (reason_name(finish.reason), finish.prompt_tokens)),
@@ -195,6 +198,7 @@ async fn ask_gateway(
         Ok(Piece {
             token_ids: response.token_ids,
             text: response.text_delta,
+            degraded: response.degraded,
             finish,
         })
     }))
@@ -210,12 +214,13 @@ async fn print(
 ) -> anyhow::Result<()> {
     tokio::pin!(pieces);
     let mut first_token = None;
-    let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
+    let (mut text, mut token_ids, mut finish, mut degraded) = (String::new(), Vec::new(), None, false);
     while let Some(piece) = pieces.next().await {
         let piece = piece?;
         first_token.get_or_insert_with(|| begun.elapsed());
         token_ids.extend(piece.token_ids);
         finish = piece.finish.or(finish);
+        degraded |= piece.degraded;
         if args.json {
             text.push_str(&piece.text);
         } else {
@@ -237,6 +242,7 @@ async fn print(
             "token_ids": token_ids,
             "prompt_tokens": prompt_tokens,
             "finish_reason": reason,
+            "degraded": degraded,
             "timings": {
                 "load_seconds": timings.load.as_secs_f64(),
                 "time_to_first_token_seconds": timings.first_token.as_secs_f64(),
@@ -249,8 +255,13 @@ async fn print(
         writeln!(io::stdout())?;
         let told = writeln!(
             io::stderr(),
-            "[{prompt_tokens} prompt tokens, {} generated ({reason}); {} in {:.2} s, first token after {:.3} s{}]",
+            "[{prompt_tokens} prompt tokens, {} generated ({reason}{}); {} in {:.2} s, first token after {:.3} s{}]",
             token_ids.len(),
+            if degraded {
+                ", degraded: an expert was left out"
+            } else {
+                ""
+            },
             if args.connect.is_some() { "connected" } else { "loaded" },
             timings.load.as_secs_f64(),
             timings.first_token.as_secs_f64(),

@@ -78,7 +78,9 @@ impl Simulation {
         }
         for chunk in &chunks {
             let answers = self.read(chunk, context);
-            self.scheduler.take_in(chunk, answers).expect("no answer is an error");
+            self.scheduler
+                .take_in(chunk, false, answers)
+                .expect("no answer is an error");
         }
         self.scheduler.remove_ended();
         chunks
