@@ -9,7 +9,7 @@ use std::{
 use moerun_kernels::CpuPool;
 use moerun_model::ExpertBank;
 use moerun_process::Shutdown;
-use moerun_proto::{ModelLimits, WorkerIdentity, encode_handshake, v1::admin_service_server::AdminServiceServer};
+use moerun_proto::{ModelLimits, WorkerIdentity, v1::admin_service_server::AdminServiceServer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use crate::{
     WorkerError,
     admin::AdminDoor,
     compute::Compute,
+    holdings::Holdings,
     server::{builder, expert_service, server_error},
     service::{Experts, Loaded},
 };
@@ -49,7 +50,7 @@ where
     // The thread has nothing to do, and ends with this.
     let (compute, _) = Compute::start(run, MAX_QUEUE, usize::MAX).map_err(start)?;
     let loaded = Arc::new(OnceLock::from(Loaded {
-        handshake: encode_handshake(identity),
+        holdings: Arc::new(Holdings::new(identity.clone(), None, None)),
         limits,
         compute,
     }));

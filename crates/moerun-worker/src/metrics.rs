@@ -20,7 +20,7 @@ impl Figures for WorkerFigures {
         } = &self.0;
         let loaded = loaded.get();
         let outstanding = loaded.map_or(0, |it| it.compute.outstanding());
-        let held = loaded.map_or(0, |it| it.handshake.held.len());
+        let held = loaded.map_or(0, |it| it.holdings.now().identity.held.len());
         for (name, help, value) in [
             ("ready", "Whether the experts are loaded", u64::from(loaded.is_some())),
             (

@@ -108,7 +108,7 @@ pub(super) async fn run(setup: Setup, shared: Arc<Shared>) -> turmoil::Result {
     let protection = ClientProtection::default();
     let members: Vec<String> = (0..MEMBERS).map(worker_address).collect();
     let begun = Instant::now();
-    let membership = Membership::start(
+    let (membership, starting) = Membership::start(
         Arc::clone(&core),
         Canary::new(
             Arc::clone(&parts().checkpoint),
@@ -120,9 +120,9 @@ pub(super) async fn run(setup: Setup, shared: Arc<Shared>) -> turmoil::Result {
         connector(),
         Handle::current(),
         endpoints(&members, &protection)?,
-        Duration::from_secs(20),
-    )
-    .await?;
+        false,
+    );
+    membership.assembled(starting, Duration::from_secs(20)).await?;
     let mut clients = JoinSet::new();
     for client in 0..CLIENTS {
         clients.spawn(ask(client, setup.seed, Arc::clone(&core), Arc::clone(&shared)));
