@@ -65,8 +65,7 @@ pub(super) async fn workers(settings: &Settings, findings: &mut Findings) -> Vec
             None => findings.fail(check, format!("no answer within {FIND_TIMEOUT:?}"), remedy),
         }
     }
-    let workers = discovery.workers().borrow().clone();
-    workers
+    discovery.workers().borrow().clone()
 }
 
 /// Looks at each of them, and at what they hold together.
