@@ -111,7 +111,7 @@ fn fuzz(mut target: Target, watch: &Watch) {
         executions += 1;
     }
     figure(&format!(
-        "{}: {executions} mutations of {} inputs ({num_kept} kept), 0 panics, longest {:.1} ms, most asked for {:.1} MiB",
+        "{}: {executions} mutations of {} inputs ({num_kept} kept), no panic got out, longest {:.1} ms, most asked for {:.1} MiB",
         target.name,
         seeds.len(),
         longest.as_secs_f64() * 1e3,

@@ -45,7 +45,8 @@ impl Default for Limits {
             heals_within: Duration::from_secs(5),
             healed_share: 0.98,
             memory_growth_share: 0.05,
-            memory_growth_bytes: 16 << 20,
+            // A worker takes 15 MB when requests first wait for its compute thread, which may be during any fault.
+            memory_growth_bytes: 24 << 20,
             left_over: 2,
         }
     }
