@@ -172,9 +172,9 @@ mod tests {
     use crate::{Kind, Page};
 
     #[derive(Debug)]
-    struct Some;
+    struct Sample;
 
-    impl Figures for Some {
+    impl Figures for Sample {
         fn write(&self, page: &mut Page<'_>) -> fmt::Result {
             page.figure(Kind::Counter, "calls", "Calls", 3.0)?;
             let labels = |worker: &'static str| [("worker", worker)];
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn figures_are_read_over_plain_http_and_nothing_else_is() {
         let door = MetricsDoor::open("127.0.0.1:0", "worker", "1.2.3").unwrap();
-        door.show(Some);
+        door.show(Sample);
         let get = |path: &str| {
             ask(
                 &door,
