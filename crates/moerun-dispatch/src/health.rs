@@ -41,7 +41,8 @@ pub(crate) enum Standing {
 pub(crate) struct Health {
     latencies: [Latency; SizeClass::COUNT],
     ejection: Ejection,
-    suspect: bool,
+    /// Since when it owes an answer for which nobody waits any more.
+    suspect_since: Option<Instant>,
     /// Whether the last ejection's end has been told.
     told_ejected: bool,
     assignments_in_flight: u64,
@@ -55,7 +56,7 @@ impl Health {
         Self {
             latencies: Default::default(),
             ejection: Ejection::new(now),
-            suspect: false,
+            suspect_since: None,
             told_ejected: false,
             assignments_in_flight: 0,
             last_answer: None,
@@ -64,7 +65,7 @@ impl Health {
     }
 
     pub(crate) fn standing(&self, now: Instant) -> Standing {
-        if self.suspect {
+        if self.suspect_since.is_some() {
             Standing::Suspect
         } else if self.ejection.is_ejected(now) {
             Standing::Ejected
@@ -92,14 +93,22 @@ impl Health {
 
     /// Something came from the worker, so it is not suspect any more. Returns when something last had, and whether it was.
     pub(crate) fn answered(&mut self, now: Instant) -> (Option<Instant>, bool) {
-        let was_suspect = std::mem::replace(&mut self.suspect, false);
-        if was_suspect && self.forgiven.is_none_or(|at| now >= at + FORGIVEN_AGAIN_AFTER) {
-            // Else it would get no calls, and so could not show that it is well again, until the average has decayed. But who
-            // stalls again and again is slow, and is to be asked less.
+        let Some(since) = self.suspect_since.take() else {
+            return (self.last_answer.replace(now), false);
+        };
+        if self.forgiven.is_none_or(|at| now >= at + FORGIVEN_AGAIN_AFTER) {
+            // Else it would get no calls, and so could not show that it is well again, until the average has decayed.
             self.latencies.iter_mut().for_each(Latency::forgive);
             self.forgiven = Some(now);
+        } else {
+            // Who stalls again and again is slow, and is to be asked less: by how long it stalled, not by how long somebody
+            // had the patience to wait for it.
+            let stalled = now.saturating_duration_since(since);
+            self.latencies
+                .iter_mut()
+                .for_each(|latency| latency.took_at_least(now, stalled));
         }
-        (self.last_answer.replace(now), was_suspect)
+        (self.last_answer.replace(now), true)
     }
 
     /// A call that was given up was answered well after all: the worker is slow, not silent.
@@ -124,12 +133,14 @@ impl Health {
     pub(crate) fn overdue(&mut self, now: Instant, class: SizeClass, waited: Duration) -> bool {
         // It would have taken at least as long: left out, the quantiles would creep downwards.
         self.latencies[class as usize].record(now, waited);
-        !std::mem::replace(&mut self.suspect, true)
+        let is_news = self.suspect_since.is_none();
+        self.suspect_since.get_or_insert(now.checked_sub(waited).unwrap_or(now));
+        is_news
     }
 
     /// A new connection owes nothing.
     pub(crate) fn reconnected(&mut self, now: Instant) {
-        self.suspect = false;
+        self.suspect_since = None;
         self.last_answer = Some(now);
     }
 
@@ -145,7 +156,7 @@ impl Health {
     }
 
     pub(crate) fn is_suspect(&self) -> bool {
-        self.suspect
+        self.suspect_since.is_some()
     }
 
     /// Times of calls of a class.
@@ -207,6 +218,24 @@ mod tests {
         assert_eq!(stall(begun), 0.001);
         assert_eq!(stall(begun + 1000 * MS), 0.3);
         assert_eq!(stall(begun + FORGIVEN_AGAIN_AFTER), 0.001);
+    }
+
+    #[test]
+    fn a_stall_counts_as_long_as_it_lasted_and_not_as_long_as_somebody_waited() {
+        let begun = Instant::now();
+        let mut health = Health::new(begun);
+        for _ in 0..128 {
+            health.succeeded(begun, SizeClass::Small, MS);
+        }
+        // A worker that has a tenth of a processor: it answers at once for a while, and then for a while not at all.
+        for period in 0..3 {
+            let lost = begun + period * 100 * MS + 12 * MS;
+            health.overdue(lost, SizeClass::Small, 2 * MS);
+            health.answered(lost + 88 * MS);
+        }
+        let now = begun + 300 * MS;
+        assert_eq!(health.cost(now, SizeClass::Small), 0.09);
+        assert!(health.cost(now + 5000 * MS, SizeClass::Small) > 0.005);
     }
 
     #[test]

@@ -45,7 +45,7 @@ impl Default for Limits {
             heals_within: Duration::from_secs(5),
             healed_share: 0.98,
             memory_growth_share: 0.05,
-            // A worker takes 15 MB when requests first wait for its compute thread, which may be during any fault.
+            // Workers that no fault had touched were seen to take 15 to 19 MB once, during one run; what takes it is not known.
             memory_growth_bytes: 24 << 20,
             left_over: 2,
         }

@@ -72,6 +72,17 @@ impl Latency {
         }
     }
 
+    /// An answer for which nobody waited to the end took so long: the average rises to that.
+    pub(crate) fn took_at_least(&mut self, now: Instant, took: Duration) {
+        if self
+            .average_secs(now)
+            .is_none_or(|average| average < took.as_secs_f64())
+        {
+            self.average = took.as_secs_f64();
+            self.updated = Some(now);
+        }
+    }
+
     /// What made it slow is over: the average is that of its usual answers again, where those are known.
     pub(crate) fn forgive(&mut self) {
         match self.p95 {
