@@ -187,9 +187,15 @@ impl Drop for Staging {
 
 /// Locks a directory; the system unlocks it when the process ends, however it does.
 fn lock(path: &Path) -> Result<File, WriteError> {
+    // Asked first: opening a pipe waits for whoever writes to it.
+    if !fs::symlink_metadata(path).map_err(WriteError::io(path))?.is_dir() {
+        return Err(WriteError::io(path)(io::ErrorKind::NotADirectory.into()));
+    }
     let directory = File::open(path).map_err(WriteError::io(path))?;
     match directory.try_lock() {
         Ok(()) => Ok(directory),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(directory),
         Err(TryLockError::WouldBlock) => Err(WriteError::Busy { path: path.to_owned() }),
         Err(TryLockError::Error(error)) => Err(WriteError::io(path)(error)),
     }
@@ -239,5 +245,12 @@ mod tests {
         fs::write(partial.join("name"), "rest").unwrap();
         let second = Staging::create(&out).unwrap();
         assert!(fs::read_dir(second.path()).unwrap().next().is_none());
+        drop(second);
+        fs::write(&partial, "no directory").unwrap();
+        let error = Staging::create(&out).map(|_| ()).unwrap_err();
+        assert!(
+            matches!(&error, WriteError::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory),
+            "{error}"
+        );
     }
 }
