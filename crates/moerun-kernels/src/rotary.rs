@@ -6,6 +6,8 @@ use crate::{Isa, isa::Kernel, simd::Simd};
 
 /// Positions whose angles are computed together, when the first of them is asked for.
 const CHUNK_POSITIONS: usize = 64;
+/// Chunks whose places are made together, so that a config that claims a context of 2^31 costs what is used of it.
+const GROUP_CHUNKS: usize = 1024;
 
 /// Cosines and sines of one position range, and how they are applied.
 ///
@@ -17,9 +19,11 @@ pub struct RotaryTable {
     attention_factor: f32,
     interleaved: bool,
     max_positions: usize,
-    /// Per chunk of positions, `[CHUNK_POSITIONS, 2, rotary_dim / 2]`: cosines, then sines.
-    chunks: Vec<OnceLock<Vec<f32>>>,
+    groups: Vec<OnceLock<Group>>,
 }
+
+/// Per chunk of positions, `[CHUNK_POSITIONS, 2, rotary_dim / 2]`: cosines, then sines.
+type Group = Box<[OnceLock<Vec<f32>>]>;
 
 impl RotaryTable {
     /// A table for positions `0..max_positions`. Angles are computed, and memory taken, as positions come up.
@@ -29,7 +33,7 @@ impl RotaryTable {
             attention_factor,
             interleaved,
             max_positions,
-            chunks: vec![OnceLock::new(); max_positions.div_ceil(CHUNK_POSITIONS)],
+            groups: vec![OnceLock::new(); max_positions.div_ceil(CHUNK_POSITIONS * GROUP_CHUNKS)],
         }
     }
 
@@ -66,7 +70,8 @@ impl RotaryTable {
             heads.len()
         );
         let chunk = position / CHUNK_POSITIONS;
-        let rows = self.chunks[chunk].get_or_init(|| self.compute(chunk * CHUNK_POSITIONS));
+        let group = self.groups[chunk / GROUP_CHUNKS].get_or_init(|| vec![OnceLock::new(); GROUP_CHUNKS].into());
+        let rows = group[chunk % GROUP_CHUNKS].get_or_init(|| self.compute(chunk * CHUNK_POSITIONS));
         let row = &rows[position % CHUNK_POSITIONS * 2 * half..][..2 * half];
         let (cosines, sines) = row.split_at(half);
         isa.dispatch(Rotate {
@@ -183,7 +188,23 @@ mod tests {
     fn a_table_for_a_million_positions_computes_only_what_is_used() {
         let table = RotaryTable::new(&[1.0; 64], 1.0, false, 1 << 20);
         table.apply(&mut [1.0; 128], 128, (1 << 20) - 1);
-        assert_eq!(table.chunks.iter().filter(|chunk| chunk.get().is_some()).count(), 1);
+        let groups: Vec<&Group> = table.groups.iter().filter_map(OnceLock::get).collect();
+        let [group] = groups[..] else {
+            panic!("{} groups", groups.len())
+        };
+        assert_eq!(group.iter().filter(|chunk| chunk.get().is_some()).count(), 1);
+    }
+
+    #[test]
+    fn the_longest_context_that_a_config_may_claim_costs_a_megabyte_until_it_is_used() {
+        let table = RotaryTable::new(&[1.0], 1.0, false, 1 << 31);
+        assert!(table.groups.len() * size_of::<OnceLock<Group>>() <= 1 << 20);
+        for position in [0, 65_535, 65_536, (1 << 31) - 1] {
+            let mut found = [1.0, 0.0];
+            table.apply(&mut found, 2, position);
+            let angle = f64::from(position as f32);
+            assert_eq!(found, [angle.cos() as f32, angle.sin() as f32], "{position}");
+        }
     }
 
     #[test]

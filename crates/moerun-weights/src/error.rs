@@ -46,7 +46,7 @@ pub enum WeightsError {
         found: String,
     },
     /// The directory holds no weights.
-    #[error("{dir}: wanted model.safetensors or model.safetensors.index.json, found neither")]
+    #[error("{dir}: wanted model.safetensors, packed.safetensors, or the index of either, found none")]
     NoWeights {
         /// The directory.
         dir: PathBuf,

@@ -1,8 +1,7 @@
 //! A directory that becomes visible whole or not at all.
 
 use std::{
-    ffi::OsString,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -18,6 +17,12 @@ pub enum WriteError {
     #[error("{path} exists already; nothing was changed")]
     Exists {
         /// What exists.
+        path: PathBuf,
+    },
+    /// Another process writes the same checkpoint.
+    #[error("{path}: another process is writing it; nothing was changed")]
+    Busy {
+        /// Where it writes.
         path: PathBuf,
     },
     /// The path names no directory that could be made.
@@ -94,6 +99,8 @@ pub(crate) fn stop_if_interrupted(interrupted: Option<&AtomicBool>) -> Result<()
 /// `OUT.partial`, removed when dropped unless it was published.
 pub(crate) struct Staging {
     path: PathBuf,
+    /// Locked while the process writes: what is locked is at work, what is not was left behind.
+    _lock: File,
     published: bool,
 }
 
@@ -117,16 +124,29 @@ fn parent(out: &Path) -> Result<&Path, WriteError> {
 
 impl Staging {
     /// Makes the directory; what an earlier run left there is replaced.
+    ///
+    /// # Errors
+    /// Among others if another process is at work there, or `out` has no name of its own.
     pub(crate) fn create(out: &Path) -> Result<Self, WriteError> {
-        let mut name: OsString = out.as_os_str().to_owned();
+        // Not appended to the path as it is: a slash at its end would make it a file within.
+        let Some(name) = out.file_name() else {
+            return Err(WriteError::OutPath { path: out.to_owned() });
+        };
+        let mut name = name.to_owned();
         name.push(".partial");
-        let path = PathBuf::from(name);
-        match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(WriteError::io(&path)(error)),
-            _ => {}
+        let path = parent(out)?.join(name);
+        match lock(&path) {
+            // Held until the rest is gone.
+            Ok(_rest) => fs::remove_dir_all(&path).map_err(WriteError::io(&path))?,
+            Err(WriteError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
         fs::create_dir(&path).map_err(WriteError::io(&path))?;
-        Ok(Staging { path, published: false })
+        Ok(Staging {
+            _lock: lock(&path)?,
+            path,
+            published: false,
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -165,9 +185,72 @@ impl Drop for Staging {
     }
 }
 
+/// Locks a directory; the system unlocks it when the process ends, however it does.
+fn lock(path: &Path) -> Result<File, WriteError> {
+    // Asked first: opening a pipe waits for whoever writes to it.
+    if !fs::symlink_metadata(path).map_err(WriteError::io(path))?.is_dir() {
+        return Err(WriteError::io(path)(io::ErrorKind::NotADirectory.into()));
+    }
+    let directory = File::open(path).map_err(WriteError::io(path))?;
+    match directory.try_lock() {
+        Ok(()) => Ok(directory),
+        // Some network file systems have no locks.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(directory),
+        Err(TryLockError::WouldBlock) => Err(WriteError::Busy { path: path.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(WriteError::io(path)(error)),
+    }
+}
+
 /// Makes names in a directory durable.
 fn sync_directory(path: &Path) -> Result<(), WriteError> {
     File::open(path)
         .and_then(|directory| directory.sync_all())
         .map_err(WriteError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slash_at_the_end_of_a_path_changes_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let out = PathBuf::from(format!("{}/out//", root.path().display()));
+        check_room(&out, 0, &|_| Ok(u64::MAX)).unwrap();
+        let staging = Staging::create(&out).unwrap();
+        assert_eq!(staging.path(), root.path().join("out.partial"));
+        staging.write("name", b"content").unwrap();
+        staging.publish(&out).unwrap();
+        assert_eq!(fs::read(root.path().join("out/name")).unwrap(), b"content");
+        assert!(!root.path().join("out.partial").exists());
+        assert!(matches!(refuse_existing(&out), Err(WriteError::Exists { .. })));
+    }
+
+    #[test]
+    fn what_another_writes_is_left_alone_and_what_it_left_is_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        let first = Staging::create(&out).unwrap();
+        first.write("name", b"first").unwrap();
+        let error = Staging::create(&out).map(|_| ()).unwrap_err();
+        assert!(
+            matches!(&error, WriteError::Busy { path } if path == first.path()),
+            "{error}"
+        );
+        first.publish(&out).unwrap();
+        assert_eq!(fs::read(out.join("name")).unwrap(), b"first");
+
+        let partial = root.path().join("out.partial");
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("name"), "rest").unwrap();
+        let second = Staging::create(&out).unwrap();
+        assert!(fs::read_dir(second.path()).unwrap().next().is_none());
+        drop(second);
+        fs::write(&partial, "no directory").unwrap();
+        let error = Staging::create(&out).map(|_| ()).unwrap_err();
+        assert!(
+            matches!(&error, WriteError::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory),
+            "{error}"
+        );
+    }
 }

@@ -166,6 +166,16 @@ fn byte_level(metadata: &GgufMetadata, vocabulary: &Vocabulary<'_>) -> Result<(V
                 let found: String = merge.chars().take(64).collect();
                 metadata.refuse(MERGES, "two parts with a space between", format!("{found:?}"))
             })?;
+            for part in [left, right, &format!("{left}{right}")] {
+                if !vocabulary.ids.contains_key(part) {
+                    let found: String = part.chars().take(64).collect();
+                    return Err(metadata.refuse(
+                        MERGES,
+                        format!("parts and wholes among {TOKENS}"),
+                        format!("{found:?}"),
+                    ));
+                }
+            }
             Ok([left, right])
         })
         .collect::<Result<_, WeightsError>>()?;

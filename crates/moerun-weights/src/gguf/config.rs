@@ -104,7 +104,12 @@ impl Reader<'_> {
             .tensors
             .iter()
             .find(|tensor| tensor.name == "token_embd.weight");
-        let vocabulary = match (embedding, self.metadata.texts("tokenizer.ggml.tokens")?) {
+        const TOKENS: &str = "tokenizer.ggml.tokens";
+        let vocabulary = match (embedding, self.metadata.texts(TOKENS)?) {
+            (Some(embedding), Some(tokens)) if embedding.shape[0] != tokens.len() => {
+                let wanted = format!("{} tokens, one per row of token_embd.weight", embedding.shape[0]);
+                return Err(self.metadata.refuse(TOKENS, wanted, tokens.len()));
+            }
             (Some(embedding), _) => embedding.shape[0],
             (None, Some(tokens)) => tokens.len(),
             (None, None) => return Err(self.metadata.refuse("token_embd.weight", "a tensor", "nothing")),

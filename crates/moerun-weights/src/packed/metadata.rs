@@ -74,8 +74,11 @@ impl PackedMetadata {
             return Err(refuse(directory, file, KIND, format!("version {VERSION}"), version));
         }
         let weights = required(WEIGHTS, "a number format")?;
-        let format = weights.parse();
-        let format = format.map_err(|reason| refuse(directory, file, WEIGHTS, reason, weights.clone()))?;
+        let unknown = |_| {
+            let wanted = "f32, bf16, int8, int4 or mxfp4".to_owned();
+            refuse(directory, file, WEIGHTS, wanted, weights.clone())
+        };
+        let format = weights.parse().map_err(unknown)?;
         Ok(PackedMetadata {
             format,
             expert_header_hash: text(EXPERT_HEADERS)?,

@@ -257,6 +257,12 @@ fn what_is_not_known_is_refused_by_name() {
         let error = set(key, value);
         assert!(error.contains(key) && error.contains("wanted"), "{key}: {error}");
     }
+    let few = GgufValue::Texts(vec!["a".to_owned(), "b".to_owned()]);
+    let error = set("tokenizer.ggml.tokens", few);
+    assert!(
+        error.ends_with("tokenizer.ggml.tokens: wanted 320 tokens, one per row of token_embd.weight, found 2"),
+        "{error}"
+    );
     let of = |family: Family, changes: Value, key: &str, value: GgufValue| {
         let dir = changed(family, changes);
         let mut gguf = RawGguf::from_checkpoint(dir.path()).unwrap();

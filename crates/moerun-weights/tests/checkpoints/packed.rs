@@ -260,7 +260,7 @@ fn lies_are_refused_by_what_was_wanted_and_what_was_found() {
             DENSE,
             0,
             |header| header["__metadata__"]["weights"] = json!("int7"),
-            &["weights", "int7"],
+            &["weights: wanted f32, bf16", "int7"],
         ),
         (
             EXPERTS,

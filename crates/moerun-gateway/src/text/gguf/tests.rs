@@ -157,9 +157,14 @@ fn tokenizers_that_are_not_known_are_refused_by_name() {
         let error = codec(&with(&base, name, value)).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("wanted"), "{name}: {error}");
     }
-    let merges = GgufValue::Texts(vec!["nowhere nothing".to_owned()]);
-    let error = codec(&with(&base, "ggml.merges", merges)).unwrap_err();
-    assert!(matches!(error, GatewayError::Malformed { .. }), "{error}");
+    // Neither a part nor the whole of a merge may be a token that is not there.
+    for (merge, missing) in [("nowhere a", "nowhere"), ("a nothing", "nothing"), ("z 0", "z0")] {
+        let merges = GgufValue::Texts(vec![merge.to_owned()]);
+        let error = codec(&with(&base, "ggml.merges", merges)).unwrap_err().to_string();
+        let wanted =
+            format!("tokenizer.ggml.merges: wanted parts and wholes among tokenizer.ggml.tokens, found {missing:?}");
+        assert!(error.ends_with(&wanted), "{merge}: {error}");
+    }
     assert!(
         codec(&RawGguf::default())
             .unwrap_err()
