@@ -66,7 +66,7 @@ fn a_model_is_measured_with_its_experts_here_and_in_workers_and_without_a_tokeni
     ];
     let text = run_for(&[&["bench"][..], &small].concat(), PATIENCE).ok();
     for words in [
-        "machine: reads",
+        "machine, at best: reads",
         "prefill of 9",
         "decode, batch 1",
         "time to first token",
