@@ -325,7 +325,7 @@ fn pickles_are_never_read() {
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     refused(
         dir.path(),
-        &["model.safetensors", "model.safetensors.index.json", "neither"],
+        &["model.safetensors", "packed.safetensors", "index", "found none"],
     );
 }
 
