@@ -22,6 +22,8 @@ const OVERDUE_FACTOR: u32 = 8;
 /// … but not sooner than this.
 const OVERDUE_FLOOR: Duration = Duration::from_millis(300);
 
+/// Calls over which their size is averaged.
+const USUAL_CALLS: f64 = 16.0;
 /// A stall is forgiven, but not another one within this time.
 const FORGIVEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
 
@@ -46,6 +48,8 @@ pub(crate) struct Health {
     /// Whether the last ejection's end has been told.
     told_ejected: bool,
     assignments_in_flight: u64,
+    /// Assignments of a call, a moving average.
+    usual_call: f64,
     last_answer: Option<Instant>,
     /// When slowness was last forgiven.
     forgiven: Option<Instant>,
@@ -59,6 +63,7 @@ impl Health {
             suspect_since: None,
             told_ejected: false,
             assignments_in_flight: 0,
+            usual_call: 1.0,
             last_answer: None,
             forgiven: None,
         }
@@ -84,6 +89,7 @@ impl Health {
     /// A call was sent.
     pub(crate) fn sent(&mut self, assignments: usize) {
         self.assignments_in_flight += assignments as u64;
+        self.usual_call += (assignments as f64 - self.usual_call) / USUAL_CALLS;
     }
 
     /// A call is not waited for any more, however it ended.
@@ -144,11 +150,16 @@ impl Health {
         self.last_answer = Some(now);
     }
 
-    /// What a call of `class` is expected to cost per assignment before it, in seconds.
+    /// What a call of `class` is expected to take, in seconds, if nothing is before it.
     pub(crate) fn cost(&self, now: Instant, class: SizeClass) -> f64 {
         self.latencies[class as usize]
             .average_secs(now)
             .unwrap_or(UNKNOWN_LATENCY_SECS)
+    }
+
+    /// Assignments of a usual call: as many before another one make that take as long again.
+    pub(crate) fn usual_call(&self) -> f64 {
+        self.usual_call.max(1.0)
     }
 
     pub(crate) fn in_flight(&self) -> u64 {

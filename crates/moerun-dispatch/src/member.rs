@@ -208,10 +208,10 @@ impl Member {
         Some(health.standing(now))
     }
 
-    /// What a call of `class` is expected to take per assignment before it, in seconds, and the assignments before it.
-    pub(crate) fn load(&self, now: Instant, class: SizeClass) -> (f64, u64) {
+    /// What a call of `class` is expected to take, in seconds, the assignments of a usual call, and those in flight.
+    pub(crate) fn load(&self, now: Instant, class: SizeClass) -> (f64, f64, u64) {
         let health = self.health.lock();
-        (health.cost(now, class), health.in_flight())
+        (health.cost(now, class), health.usual_call(), health.in_flight())
     }
 
     /// A call was sent. Returns how long to wait for it before another holder is asked too, and before it is overdue.

@@ -59,8 +59,10 @@ pub(crate) struct Chooser<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Known {
     standing: Option<Standing>,
-    /// Seconds per assignment before it.
+    /// Seconds that a call takes with nothing before it.
     cost: f64,
+    /// Assignments of a usual call.
+    usual_call: f64,
     /// Assignments before it, those given by this choice included.
     before: u64,
     /// Whether this choice gave it any.
@@ -151,10 +153,11 @@ impl<'a> Chooser<'a> {
         *self.known[worker].get_or_insert_with(|| {
             let member = &plan.members[worker];
             let standing = member.standing(now);
-            let (cost, before) = member.load(now, class);
+            let (cost, usual_call, before) = member.load(now, class);
             Known {
                 standing,
                 cost,
+                usual_call,
                 before,
                 used: false,
             }
@@ -162,7 +165,9 @@ impl<'a> Chooser<'a> {
     }
 
     fn expected(&self, worker: usize) -> f64 {
-        self.known[worker].map_or(f64::INFINITY, |known| known.cost * (known.before + 1) as f64)
+        self.known[worker].map_or(f64::INFINITY, |known| {
+            known.cost * (1.0 + known.before as f64 / known.usual_call)
+        })
     }
 
     fn is_used(&self, worker: usize) -> bool {
