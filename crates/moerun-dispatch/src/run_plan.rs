@@ -98,7 +98,7 @@ impl<'a> Chooser<'a> {
     }
 
     /// A live holder: of those that are neither suspect nor ejected the better of two chosen at random, by expected latency
-    /// times what is in flight; if there is none, of the others. `None` if no holder lives or all have been tried.
+    /// times one more than the usual calls that are in flight; if there is none, of the others. `None` if no holder lives or all have been tried.
     pub(crate) fn choose(&mut self, run: Candidates<'_>) -> Option<usize> {
         let mut good = Vec::with_capacity(run.holders.len());
         let mut others = Vec::new();
